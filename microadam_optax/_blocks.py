@@ -1,0 +1,110 @@
+"""A parameter leaf as rows of equal blocks, and back.
+
+A leaf is covered by a *grid*: ``grid[i]`` divides ``shape[i]``, and each of the
+``prod(grid)`` cells is flattened and cut into the same number of equal blocks,
+zero-padded at its end. The grid is a rule of the shape alone, never of a mesh,
+and every array of the state leads with it, so the parameter's own PartitionSpec
+is a valid spec of all of them.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_MIN_CELL = 64  # a cell of the default grid holds at least this many elements
+
+
+class Layout(NamedTuple):
+    """How a leaf of `shape` lies in blocks: ``(*grid, blocks, block)``."""
+
+    shape: tuple[int, ...]
+    grid: tuple[int, ...]
+    blocks: int  # blocks in a cell
+    block: int  # elements in a block
+
+    @property
+    def cell(self) -> int:
+        """Elements of the leaf in one cell, padding not counted."""
+        return math.prod(n // g for n, g in zip(self.shape, self.grid, strict=True))
+
+    @property
+    def padded(self) -> bool:
+        """Whether the blocks of a cell hold more than the cell."""
+        return self.cell != self.blocks * self.block
+
+
+def layout(
+    shape: tuple[int, ...],
+    block_size: int,
+    shards: int = 8,
+    grid: tuple[int, ...] | None = None,
+) -> Layout:
+    """The layout of a leaf: the given grid or the default one, and its blocks."""
+    grid = default_grid(shape, block_size, shards) if grid is None else grid
+    cell = Layout(shape, grid, 0, 0).cell
+    blocks = max(1, -(-cell // block_size))
+    block = min(-(-max(1, -(-cell // blocks)) // 8) * 8, block_size)
+    return Layout(shape, grid, blocks, block)
+
+
+def default_grid(
+    shape: tuple[int, ...], block_size: int, shards: int
+) -> tuple[int, ...]:
+    """A cell for every index of the leading axes, the next axis in up to `shards`.
+
+    Trailing axes are collapsed until they hold a block; the first of them is cut
+    into the largest divisor of `shards` that divides it and leaves cells of 64.
+    """
+    if math.prod(shape) == 0 or not shape:
+        return (1,) * len(shape)
+    first = len(shape) - 1
+    while first > 0 and math.prod(shape[first:]) < block_size:
+        first -= 1
+    length = math.prod(shape[first:])
+    cut = max(
+        g
+        for g in range(1, shards + 1)
+        if shards % g == 0
+        and shape[first] % g == 0
+        and (g == 1 or length // g >= _MIN_CELL)
+    )
+    return (*shape[:first], cut, *(1 for _ in shape[first + 1 :]))
+
+
+def split(leaf: jax.Array, at: Layout) -> jax.Array:
+    """A leaf ``at.shape`` as cells ``(*at.grid, at.cell)``."""
+    grid = zip(at.shape, at.grid, strict=True)
+    boxes = leaf.reshape([n for size, g in grid for n in (g, size // g)])
+    rank = len(at.shape)
+    order = (*range(0, 2 * rank, 2), *range(1, 2 * rank, 2))
+    return boxes.transpose(order).reshape(*at.grid, at.cell)
+
+
+def join(cells: jax.Array, at: Layout) -> jax.Array:
+    """The inverse of `split`."""
+    inner = tuple(n // g for n, g in zip(at.shape, at.grid, strict=True))
+    boxes = cells.reshape(*at.grid, *inner)
+    rank = len(at.shape)
+    order = [axis for i in range(rank) for axis in (i, rank + i)]
+    return boxes.transpose(order).reshape(at.shape)
+
+
+def padding_mask(blocks: int, block: int, cell: int | None) -> jax.Array | None:
+    """bool ``(blocks, block)``, True for what a cell lacks; None if it fills them."""
+    if cell is None:
+        return None
+    return jnp.arange(blocks * block).reshape(blocks, block) >= cell
+
+
+def pad(cells: jax.Array, blocks: int, block: int) -> jax.Array:
+    """Cells ``(..., cell)`` zero-padded and cut into ``(..., blocks, block)``."""
+    missing = blocks * block - cells.shape[-1]
+    widths = [(0, 0)] * (cells.ndim - 1) + [(0, missing)]
+    return jnp.pad(cells, widths).reshape(*cells.shape[:-1], blocks, block)
+
+
+def unpad(rows: jax.Array, cell: int) -> jax.Array:
+    """The inverse of `pad`."""
+    return rows.reshape(*rows.shape[:-2], -1)[..., :cell]

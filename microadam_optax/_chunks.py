@@ -1,0 +1,94 @@
+"""Running a function over a leaf piece by piece, in place.
+
+XLA for CPU and TPU holds every intermediate of a leaf at once, many times the
+leaf itself. A loop over pieces that fit a core's cache bounds that memory, and on
+CPU it is faster too.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+ELEMENTS = 2**18  # a piece of float32 is then 1 MiB
+
+
+def number_of_chunks(axis_size: int, elements: int) -> int:
+    """Into how many strided pieces to cut an axis; 1 if it should stay whole.
+
+    Of an axis that is a multiple of 64 (or 8), as many indices stay in each
+    piece: sharded over a divisor of that, its pieces need no communication.
+    """
+    wanted = max(1, elements // ELEMENTS)
+    together = next(n for n in (64, 8, 1) if axis_size % n == 0)
+    most = axis_size // together
+    return max(n for n in range(1, min(wanted, most) + 1) if most % n == 0)
+
+
+def in_chunks(
+    f: Callable[[Any], Any], arrays: Any, starts: Any, axis: int, chunks: int
+) -> Any:
+    """``write(arrays, f(arrays), starts)``, computed in strided pieces of an axis.
+
+    Args:
+      f: from a tree of arrays to one of the same structure and dtypes.
+      arrays: a tree of arrays that share the leading axes up to and with `axis`.
+      starts: as in `write`.
+      axis: the axis to cut; `f` sees it shorter by the factor `chunks`.
+      chunks: a divisor of the size of `axis`.
+
+    Returns:
+      Arrays like `arrays`; XLA writes them over the inputs.
+    """
+
+    def cut(x: jax.Array) -> jax.Array:
+        return _as_bits(x.reshape(*x.shape[:axis], -1, chunks, *x.shape[axis + 1 :]))
+
+    def whole(x: jax.Array, like: jax.Array) -> jax.Array:
+        return _from_bits(x, like.dtype).reshape(like.shape)
+
+    def one(i: jax.Array, carry: Any) -> Any:
+        def read(x: jax.Array, like: jax.Array) -> jax.Array:
+            piece = lax.dynamic_index_in_dim(x, i, axis + 1, keepdims=False)
+            return _from_bits(piece, like.dtype)
+
+        def put(x: jax.Array, part: jax.Array, start: Any) -> jax.Array:
+            at = [0] * x.ndim
+            at[axis + 1], at[-1] = i, start
+            return lax.dynamic_update_slice(x, _as_bits(jnp.expand_dims(part, axis + 1)), at)
+
+        pieces = _fence(jax.tree.map(read, carry, arrays), i >= 0)
+        return jax.tree.map(put, carry, f(pieces), starts)
+
+    result = lax.fori_loop(0, chunks, one, jax.tree.map(cut, arrays))
+    return jax.tree.map(whole, result, arrays)
+
+
+def write(arrays: Any, parts: Any, starts: Any) -> Any:
+    """Replaces a part of the last axis of each array, from its start on."""
+
+    def put(x: jax.Array, part: jax.Array, start: Any) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(x, part, start, x.ndim - 1)
+
+    return jax.tree.map(put, arrays, parts, starts)
+
+
+def _fence(tree: Any, always: jax.Array) -> Any:
+    """The tree itself, made before any of it is used.
+
+    Without it XLA reads an array again after a part of it was to be written, and
+    copies the whole array to make that right. (It removes optimization_barrier
+    too early; a conditional that is always true stays.)
+    """
+    return lax.cond(always, lambda t: t, lambda t: jax.tree.map(jnp.zeros_like, t), tree)
+
+
+def _as_bits(x: jax.Array) -> jax.Array:
+    """16-bit floats as integers: XLA for CPU rewrites all of them to change a part."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
+def _from_bits(x: jax.Array, dtype: Any) -> jax.Array:
+    return lax.bitcast_convert_type(x, dtype) if x.dtype != dtype else x

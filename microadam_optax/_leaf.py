@@ -1,0 +1,166 @@
+"""The update of one leaf: Algorithm 1, a line of code to a line of the paper."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from microadam_optax import _blocks, _chunks, _moments, _quantize, _topk, _window
+from microadam_optax._state import LeafState, Settings
+
+
+class Step(NamedTuple):
+    """The scalars that all blocks of a leaf share at one step."""
+
+    count: jax.Array  # int32, steps done before this one
+    b1: jax.Array  # float32, like b2 and eps
+    b2: jax.Array
+    eps: jax.Array
+    key: jax.Array | None  # a PRNG key for stochastic rounding
+
+
+class Leaf(NamedTuple):
+    """A leaf's gradient, or update, and its state, in rows of blocks."""
+
+    gradient: jax.Array  # (*grid, blocks, block), or (*grid, cell) if padded
+    codes: jax.Array  # uint8 (*grid, blocks, block * bits / 8)
+    ranges: jax.Array  # bfloat16 (*grid, blocks, 2)
+    indices: jax.Array | None  # unsigned (*grid, blocks, (window - 1) * k)
+    values: jax.Array | None  # bfloat16, like indices; both None at window 1
+    rows: jax.Array | None  # uint32 (*grid, blocks, 1) to tell blocks apart
+
+    @property
+    def state(self) -> LeafState:
+        return LeafState(self.codes, self.ranges, self.indices, self.values)
+
+
+def update_blocks(
+    leaf: Leaf, step: Step, cell: int | None, settings: Settings
+) -> Leaf:
+    """One step of every block, the seam where a fused kernel takes over.
+
+    Args:
+      leaf: gradient and state of any number of blocks.
+      step: scalars of the step.
+      cell: elements in a grid cell if its blocks are padded, else None.
+      settings: static numbers.
+
+    Returns:
+      The update in the gradient's place and dtype, new codes and ranges, and the
+      ``k`` new entries of each row (not the whole window) as indices and values.
+    """
+    window, _, bits, alpha = settings
+    blocks, block = leaf.codes.shape[-2], leaf.codes.shape[-1] * 8 // bits
+    k = settings.k(block)
+    padding = _blocks.padding_mask(blocks, block, cell)
+    gradient = leaf.gradient
+    if cell is not None:
+        gradient = _blocks.pad(gradient, blocks, block)
+    noise = functools.partial(_noise, step.key, leaf.rows, block)
+
+    error = _quantize.dequantize(leaf.codes, leaf.ranges, bits)
+    accumulated = _without(padding, gradient.astype(jnp.float32) + error)
+    selected = _topk.largest(accumulated, k)
+    newest = jnp.where(selected, lax.reduce_precision(accumulated, 8, 7), 0)
+    rest = jnp.where(selected, 0, accumulated)
+    codes, ranges = _quantize.quantize(rest, bits, noise(0))
+    mu, nu, indices, values = newest, newest**2, None, None
+    if window > 1:
+        ages = _window.ages(step.count, window - 1)
+        mu, nu = _moments.moments(
+            newest, leaf.indices, leaf.values, ages, step.b1, step.b2
+        )
+        indices = _topk.positions(selected, k)
+        values = jnp.take_along_axis(accumulated, indices, -1, mode="promise_in_bounds")
+        indices = indices.astype(leaf.indices.dtype)
+        values = lax.reduce_precision(values, 8, 7).astype(leaf.values.dtype)
+    mu *= _moments.debias(step.b1, step.count + 1)
+    nu *= _moments.debias(step.b2, step.count + 1)
+    update = mu / (jnp.sqrt(nu) + step.eps)
+    if alpha:
+        error = _without(padding, _quantize.dequantize(codes, ranges, bits))
+        update += alpha * error
+        rest = lax.reduce_precision((1 - alpha) * error, 8, 15)
+        codes, ranges = _quantize.quantize(rest, bits, noise(1))
+    update = update.astype(gradient.dtype)
+    if cell is not None:
+        update = _blocks.unpad(update, cell)
+    return Leaf(update, codes, ranges, indices, values, leaf.rows)
+
+
+@functools.partial(jax.jit, static_argnames=("at", "settings"))
+def update_leaf(
+    leaf: Leaf, step: Step, *, at: _blocks.Layout, settings: Settings
+) -> Leaf:
+    """One step of a leaf whose gradient has its own shape, not that of blocks.
+
+    Jitted by itself, so that leaves of equal shapes are traced once.
+    """
+    rank = len(at.grid)
+    cells = _blocks.split(leaf.gradient, at)
+    if not at.padded:
+        cells = cells.reshape(*at.grid, at.blocks, at.block)
+    rows = None
+    if step.key is not None:
+        rows = jnp.arange(leaf.ranges.size // 2, dtype=jnp.uint32)
+        rows = rows.reshape(*at.grid, at.blocks, 1)
+    leaf = leaf._replace(gradient=cells, rows=rows)
+
+    cell = at.cell if at.padded else None
+    f = functools.partial(update_blocks, step=step, cell=cell, settings=settings)
+    starts = _starts(leaf, step.count, settings.window)
+    axes = range(rank if at.padded else rank + 1)
+    chunks, axis = max(
+        ((_chunks.number_of_chunks(cells.shape[i], cells.size), -i) for i in axes),
+        default=(1, 0),
+    )
+
+    def whole(leaf: Leaf) -> Leaf:
+        return _chunks.write(leaf, f(leaf), starts)
+
+    def in_chunks(leaf: Leaf) -> Leaf:
+        return _chunks.in_chunks(f, leaf, starts, -axis, chunks)
+
+    if chunks == 1:
+        leaf = whole(leaf)
+    else:
+        leaf = lax.platform_dependent(leaf, cuda=whole, rocm=whole, default=in_chunks)
+    update = _blocks.join(leaf.gradient.reshape(*at.grid, at.cell), at)
+    return leaf._replace(gradient=update, rows=None)
+
+
+def for_leaf(step: Step, number: int) -> Step:
+    """The step with a PRNG key of its own for a leaf."""
+    if step.key is None:
+        return step
+    return step._replace(key=jax.random.fold_in(step.key, number))
+
+
+def _starts(leaf: Leaf, count: jax.Array, window: int) -> Leaf:
+    """Where on the last axis the results of `update_blocks` go."""
+    starts: Any = jax.tree.map(lambda _: 0, leaf)
+    if leaf.indices is None:
+        return starts
+    slots = window - 1
+    slot = _window.start(count, slots, leaf.indices.shape[-1] // slots)
+    return starts._replace(indices=slot, values=slot)
+
+
+def _without(padding: jax.Array | None, x: jax.Array) -> jax.Array:
+    return x if padding is None else jnp.where(padding, 0, x)
+
+
+def _noise(
+    key: jax.Array | None, rows: jax.Array | None, block: int, draw: int
+) -> jax.Array | None:
+    """Uniform float32 in [0, 1) for each element; the same however rows are cut."""
+    if key is None or rows is None:
+        return None
+    key = jax.random.fold_in(key, draw)
+
+    def uniform(row: jax.Array) -> jax.Array:
+        return jax.random.uniform(jax.random.fold_in(key, row), (block,), jnp.float32)
+
+    return jnp.vectorize(uniform, signature="()->(b)")(rows[..., 0])

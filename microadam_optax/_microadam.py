@@ -1,0 +1,273 @@
+"""START HERE: MicroAdam as an optax gradient transformation.
+
+`scale_by_microadam` walks the tree of gradients; what happens to one leaf is in
+`_leaf.py`, in the order of the paper's Algorithm 1; what is kept, in `_state.py`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from microadam_optax import _blocks, _checks, _leaf
+from microadam_optax import _state as _states
+from microadam_optax._state import MicroAdamState
+
+
+def scale_by_microadam(
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    window: int = 10,
+    density: float = 0.01,
+    block_size: int = 256,
+    error_bits: int = 4,
+    shards: int = 8,
+    grid: Any = None,
+    alpha: float = 0.0,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+    implementation: str | None = None,
+) -> optax.GradientTransformation:
+    """Rescales updates by Adam's moments, rebuilt from a few sparse gradients.
+
+    See `microadam` for the method.
+
+    Args:
+      b1: Decay of the first moment; may be traced.
+      b2: Decay of the second moment; may be traced.
+      eps: Added to the root of the second moment; may be traced.
+      window: How many sparse gradients the moments are made of, the newest
+        included. The state holds ``window - 1``.
+      density: Share of the entries of each block that is selected, in (0, 1]:
+        ``k = max(1, ceil(density * block))``.
+      block_size: Largest block, a multiple of 8 up to 65536. Up to 256 an index
+        takes one byte, above two.
+      error_bits: Bits of an error code: 2, 4 or 8.
+      shards: The default grid cuts a leaf so that it can be sharded over any
+        divisor of this number without communication.
+      grid: None for the default grids, or a tree like the parameters that has for
+        every leaf a tuple of divisors of its shape, or None.
+      alpha: Share of the error, in [0, 1), that goes into the update at once
+        instead of being carried on: for training from scratch. 0 is the paper's
+        method.
+      stochastic_rounding: Rounds the error's codes up or down at random, unbiased.
+      seed: Seed of that randomness.
+      implementation: ``"xla"``, or None to choose.
+
+    Returns:
+      A transformation whose state is a `MicroAdamState`. Updates have the shapes
+      and dtypes of the gradients (float16, bfloat16, float32 or float64); the
+      arithmetic is float32.
+
+    Raises:
+      TypeError: an argument of the wrong type, or an integer or complex leaf.
+      ValueError: an argument out of range, or gradients that do not fit the state.
+      NotImplementedError: an implementation that cannot run.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import microadam_optax
+      >>> tx = microadam_optax.scale_by_microadam(window=2, density=0.25)
+      >>> params = {"w": jnp.zeros((4, 64))}
+      >>> state = tx.init(params)
+      >>> state.codes["w"].shape, state.indices["w"].shape
+      ((4, 1, 1, 32), (4, 1, 1, 16))
+      >>> updates, state = tx.update({"w": jnp.ones((4, 64))}, state)
+      >>> int((updates["w"] != 0).sum())
+      64
+
+    References:
+      Modoranu et al., `MicroAdam: Accurate Adaptive Optimization with Low Space
+      Overhead and Provable Convergence <https://arxiv.org/abs/2405.15593>`_, 2024
+    """
+    _checks.check_arguments(
+        window=window,
+        density=density,
+        block_size=block_size,
+        error_bits=error_bits,
+        shards=shards,
+        alpha=alpha,
+        stochastic_rounding=stochastic_rounding,
+        seed=seed,
+        implementation=implementation,
+    )
+    settings = _states.Settings(window, density, error_bits, alpha)
+
+    def init_fn(params: optax.Params) -> MicroAdamState:
+        leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+        grids = [None] * len(leaves)
+        if grid is not None and leaves:
+            grids = tree.flatten_up_to(grid)
+        layouts = []
+        for (path, leaf), cut in zip(leaves, grids, strict=True):
+            _checks.check_leaf("Parameters", path, leaf)
+            cut = _checks.check_grid(path, jnp.shape(leaf), cut)
+            layouts.append(_blocks.layout(jnp.shape(leaf), block_size, shards, cut))
+        key = jax.random.key_data(jax.random.key(seed)) if stochastic_rounding else None
+        states = [_states.zeros(at, settings) for at in layouts]
+        return _pack(jnp.zeros([], jnp.int32), states, tree, settings, key)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: MicroAdamState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, MicroAdamState]:
+        del params
+        _checks.check_structure(updates, state.codes)
+        leaves, tree = jax.tree_util.tree_flatten_with_path(updates)
+        states = _unpack(state, tree)
+        layouts = []
+        for (path, gradient), old in zip(leaves, states, strict=True):
+            _checks.check_leaf("Gradients", path, gradient)
+            layouts.append(_checks.check_state(path, jnp.shape(gradient), old, settings))
+        scalars = [jnp.asarray(x, jnp.float32) for x in (b1, b2, eps)]
+        step = _leaf.Step(state.count, *scalars, None)
+        if state.key is not None:
+            key = jax.random.wrap_key_data(state.key)
+            step = step._replace(key=jax.random.fold_in(key, state.count))
+        new = [
+            _leaf.update_leaf(
+                _leaf.Leaf(jnp.asarray(gradient), *old, None),
+                _leaf.for_leaf(step, number),
+                at=at,
+                settings=settings,
+            )
+            for number, ((_, gradient), old, at) in enumerate(
+                zip(leaves, states, layouts, strict=True)
+            )
+        ]
+        count = optax.safe_increment(state.count)
+        new_states = [leaf.state for leaf in new]
+        new_state = _pack(count, new_states, tree, settings, state.key)
+        return tree.unflatten(leaf.gradient for leaf in new), new_state
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def microadam(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    window: int = 10,
+    density: float = 0.01,
+    block_size: int = 256,
+    error_bits: int = 4,
+    shards: int = 8,
+    grid: Any = None,
+    alpha: float = 0.0,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    implementation: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""MicroAdam: Adam in less than a byte of state for each parameter.
+
+    Each block of a gradient, with what was left over before added, is reduced to
+    its `density` largest entries. Adam's moments are rebuilt at every step from
+    the last `window` of these sparse gradients; all that was not selected is kept
+    in `error_bits` bits an entry and added to the next gradient.
+
+    State in bytes for each parameter, with k entries selected in blocks of b:
+    ``error_bits / 8 + (window - 1) * k * 3 / b + 4 / b``, 0.83 by default, where
+    Adam has 8.
+
+    Args:
+      learning_rate: A number or a schedule; may be traced.
+      b1: As in `scale_by_microadam`, like all that is not named here.
+      b2: See `scale_by_microadam`.
+      eps: See `scale_by_microadam`.
+      window: See `scale_by_microadam`.
+      density: See `scale_by_microadam`.
+      block_size: See `scale_by_microadam`.
+      error_bits: See `scale_by_microadam`.
+      shards: See `scale_by_microadam`.
+      grid: See `scale_by_microadam`.
+      alpha: See `scale_by_microadam`.
+      stochastic_rounding: See `scale_by_microadam`.
+      seed: See `scale_by_microadam`.
+      weight_decay: Decoupled weight decay, times the learning rate as in
+        `optax.adamw`; may be traced. `update` needs the parameters unless it is 0.
+      mask: Which leaves decay: a tree of bools, or a function that returns one.
+      implementation: See `scale_by_microadam`.
+
+    Returns:
+      The corresponding `optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      TypeError: See `scale_by_microadam`, as for the other errors.
+      ValueError: See `scale_by_microadam`.
+      NotImplementedError: See `scale_by_microadam`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from microadam_optax import microadam
+      >>> def loss(x): return jnp.sum(x**2)
+      >>> tx = microadam(learning_rate=0.1)
+      >>> x = jnp.array([1.0, 2.0, 3.0])
+      >>> state = tx.init(x)
+      >>> for _ in range(100):
+      ...     updates, state = tx.update(jax.grad(loss)(x), state)
+      ...     x = optax.apply_updates(x, updates)
+      >>> bool(loss(x) < 0.1)
+      True
+
+    References:
+      Modoranu et al., `MicroAdam: Accurate Adaptive Optimization with Low Space
+      Overhead and Provable Convergence <https://arxiv.org/abs/2405.15593>`_, 2024
+    """
+    decays = mask is not None or not isinstance(weight_decay, int | float)
+    if decays or weight_decay != 0:
+        decay = optax.add_decayed_weights(weight_decay, mask)
+    else:
+        decay = optax.identity()  # the same empty state, and needs no parameters
+    return optax.chain(
+        scale_by_microadam(
+            b1,
+            b2,
+            eps,
+            window=window,
+            density=density,
+            block_size=block_size,
+            error_bits=error_bits,
+            shards=shards,
+            grid=grid,
+            alpha=alpha,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
+            implementation=implementation,
+        ),
+        decay,
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _pack(count, states, tree, settings, key) -> MicroAdamState:
+    """States of the leaves as one, each field a tree like the parameters."""
+
+    def field(name: str) -> Any:
+        return tree.unflatten(getattr(state, name) for state in states)
+
+    kept = settings.window > 1
+    return MicroAdamState(
+        count=count,
+        codes=field("codes"),
+        ranges=field("ranges"),
+        indices=field("indices") if kept else None,
+        values=field("values") if kept else None,
+        key=key,
+    )
+
+
+def _unpack(state: MicroAdamState, tree: Any) -> list[_states.LeafState]:
+    """The inverse of `_pack`."""
+    fields = (getattr(state, name) for name in _states.LeafState._fields)
+    absent = [None] * tree.num_leaves
+    columns = [absent if x is None else tree.flatten_up_to(x) for x in fields]
+    return [_states.LeafState(*row) for row in zip(*columns, strict=True)]

@@ -1,0 +1,86 @@
+"""Adam's moments, rebuilt from the window's sparse gradients."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+FEW = 4  # entries up to which comparing with every lane costs less than scattering
+
+
+def moments(
+    newest: jax.Array,
+    indices: jax.Array,
+    values: jax.Array,
+    ages: jax.Array,
+    b1: jax.Array,
+    b2: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Decayed sums of the window's gradients and of their squares.
+
+    Args:
+      newest: float32 ``(..., b)``, this step's sparse gradient, zeros elsewhere.
+      indices: unsigned ``(..., slots * k)``, positions in the row; none twice in
+        a slot.
+      values: bfloat16 ``(..., slots * k)``.
+      ages: int32 ``(slots,)``, steps since each slot was written.
+      b1: float32, decay of the first moment.
+      b2: float32, decay of the second moment.
+
+    Returns:
+      ``sum b1**age * value`` and ``sum b2**age * value**2``, float32 ``(..., b)``.
+    """
+    sums = _compare if indices.shape[-1] <= FEW else _scatter
+    return sums(
+        newest,
+        indices.astype(jnp.int32),
+        values.astype(jnp.float32),
+        jnp.power(b1, ages.astype(jnp.float32)),
+        jnp.power(b2, ages.astype(jnp.float32)),
+    )
+
+
+def debias(decay: jax.Array, count: jax.Array) -> jax.Array:
+    """``(1 - decay) / (1 - decay**count)`` without cancellation, float32."""
+    complement = 1 - decay
+    return complement / -jnp.expm1(count.astype(jnp.float32) * jnp.log1p(-complement))
+
+
+def _compare(newest, indices, values, mu_weights, nu_weights):
+    """Every entry against every lane: fuses into one pass, for few entries."""
+    lane = lax.broadcasted_iota(jnp.int32, newest.shape, newest.ndim - 1)
+    mu, nu = newest, newest**2
+    entries = indices.shape[-1]
+    for entry in range(entries):
+        slot = entry * mu_weights.size // entries
+        at = slice(entry, entry + 1)
+        value = jnp.where(lane == indices[..., at], values[..., at], 0)
+        mu += mu_weights[slot] * value
+        nu += nu_weights[slot] * value**2
+    return mu, nu
+
+
+def _scatter(newest, indices, values, mu_weights, nu_weights):
+    """Adds slot after slot through its indices: the cost is that of the entries."""
+    slots = mu_weights.size
+    k = indices.shape[-1] // slots
+
+    def add_slot(slot, sums):
+        at = lax.dynamic_slice_in_dim(indices, slot * k, k, indices.ndim - 1)
+        value = lax.dynamic_slice_in_dim(values, slot * k, k, values.ndim - 1)
+        mu, nu = sums
+        mu = _add_at(mu, at, mu_weights[slot] * value)
+        nu = _add_at(nu, at, nu_weights[slot] * value**2)
+        return mu, nu
+
+    return lax.fori_loop(0, slots, add_slot, (newest, newest**2), unroll=slots < 3)
+
+
+def _add_at(rows: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
+    def add(row, index, value):
+        return row.at[index].add(
+            value, mode="promise_in_bounds", unique_indices=True
+        )
+
+    for _ in range(rows.ndim - 1):
+        add = jax.vmap(add)
+    return add(rows, indices, values)
