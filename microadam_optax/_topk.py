@@ -19,6 +19,7 @@ from jax import lax
 FEW = 8  # up to here k maxima cost less than counting on all 31 bits
 LARGE = 1024  # below it the counts for three thresholds share one int32
 _WORD = 32
+_sum = functools.partial(jnp.sum, dtype=jnp.int32)  # int64 otherwise, in x64 mode
 
 
 def largest(x: jax.Array, k: int) -> jax.Array:
@@ -32,11 +33,11 @@ def largest(x: jax.Array, k: int) -> jax.Array:
       bool ``(..., b)`` with exactly k True in each row.
     """
     size = x.shape[-1]
-    if k == size:
-        return jnp.ones(x.shape, bool)
     keys = lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
+    if k == size:
+        return keys >= 0  # all, but not a constant for XLA to fold through the leaf
     kth = kth_by_maxima(keys, k) if k <= FEW else kth_by_counting(keys, k, bits=31)
-    above = _fold(keys, lambda part: (part > kth).astype(jnp.int32), jnp.add, jnp.sum)
+    above = _fold(keys, lambda part: (part > kth).astype(jnp.int32), jnp.add, _sum)
     backwards = size - 1 - lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
     ties = jnp.where(keys == kth, backwards, -1)
     last = kth_by_counting(ties, k - above, bits=(size - 1).bit_length())
@@ -90,14 +91,14 @@ def positions(mask: jax.Array, k: int) -> jax.Array:
     words = _pack_words(mask)[..., None, :]
     counts = lax.population_count(words).astype(jnp.int32)
     rank = jnp.arange(k, dtype=jnp.int32)[:, None]
-    passed = jnp.cumsum(counts, axis=-1) <= rank
-    index = jnp.sum(passed, axis=-1, keepdims=True, dtype=jnp.int32)
-    rank -= jnp.sum(jnp.where(passed, counts, 0), axis=-1, keepdims=True)
-    here = jnp.arange(words.shape[-1]) == index
+    passed = jnp.cumsum(counts, axis=-1, dtype=jnp.int32) <= rank
+    index = _sum(passed, axis=-1, keepdims=True)
+    rank -= _sum(jnp.where(passed, counts, 0), axis=-1, keepdims=True)
+    here = jnp.arange(words.shape[-1], dtype=jnp.int32) == index
     word = jnp.sum(jnp.where(here, words, 0), axis=-1, keepdims=True, dtype=words.dtype)
     up_to = jnp.left_shift(jnp.uint32(2), jnp.arange(_WORD, dtype=jnp.uint32)) - 1
     before = lax.population_count(word & up_to).astype(jnp.int32) <= rank
-    return _WORD * index[..., 0] + jnp.sum(before, axis=-1, dtype=jnp.int32)
+    return _WORD * index[..., 0] + _sum(before, axis=-1)
 
 
 def _below(limit: jax.Array, keys: jax.Array) -> jax.Array:
@@ -112,7 +113,7 @@ def _count(keys: jax.Array, *thresholds: jax.Array) -> list[jax.Array]:
         flags = [(keys >= threshold).astype(jnp.int32) for threshold in thresholds]
         return sum(flag << (bits * i) for i, flag in enumerate(flags))
 
-    total = _fold(keys, reached, jnp.add, jnp.sum)
+    total = _fold(keys, reached, jnp.add, _sum)
     return [(total >> (bits * i)) & (2**bits - 1) for i in range(len(thresholds))]
 
 

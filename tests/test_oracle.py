@@ -1,0 +1,157 @@
+"""Trajectories of 50 steps against the float64 oracle, over all options."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import oracle
+from microadam_optax import scale_by_microadam
+
+STEPS = 50
+
+CASES = {
+    "paper": {},
+    "paper, two bits": {"error_bits": 2},
+    "paper, eight bits": {"error_bits": 8},
+    "window 1": {"window": 1, "density": 0.12},
+    "window 1, quarter": {"window": 1, "density": 0.25, "error_bits": 8},
+    "window 2": {"window": 2, "density": 0.06},
+    "window 2, one entry": {"window": 2, "density": 0.001},
+    "window 3": {"window": 3, "density": 0.04},
+    "window 3, quarter": {"window": 3, "density": 0.25, "error_bits": 2},
+    "dense": {"window": 4, "density": 1.0},
+    "small blocks": {"window": 5, "density": 0.1, "block_size": 64, "shards": 2},
+    "one large block": {"window": 3, "density": 0.02, "block_size": 2048, "shards": 1},
+    "alpha": {"window": 3, "density": 0.05, "alpha": 0.1},
+    "alpha, window 1": {"window": 1, "density": 0.12, "alpha": 0.5, "error_bits": 8},
+    "stochastic": {"window": 2, "density": 0.06, "stochastic_rounding": True},
+    "stochastic, alpha": {
+        "window": 2,
+        "density": 0.06,
+        "alpha": 0.2,
+        "stochastic_rounding": True,
+        "seed": 7,
+    },
+    "decays": {"b1": 0.0, "b2": 0.9, "eps": 1e-3, "window": 3, "density": 0.1},
+}
+
+
+def gradients(shape, dtype, rng):
+    """Heavy tails, a column that is always large, some exact zeros and ties."""
+    scale = np.exp(rng.normal(size=shape))
+    while True:
+        g = rng.normal(size=shape) * scale
+        g = np.where(rng.random(shape) < 0.05, 0.0, g)
+        g = np.where(rng.random(shape) < 0.05, 0.75, g)
+        yield jnp.asarray(g, dtype)
+
+
+def state_blocks(state, bits):
+    """The package's state of the only leaf as a list of the oracle's blocks."""
+    count = int(state.count)
+    codes = np.asarray(state.codes)
+    codes = codes.reshape(-1, codes.shape[-1])
+    parts = [(codes >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+    codes = np.concatenate(parts, axis=-1).tolist()
+    ranges = np.asarray(state.ranges, np.float64).reshape(-1, 2).tolist()
+    newest = [[] for _ in codes]
+    if state.indices is not None:
+        indices = np.asarray(state.indices)
+        indices = indices.reshape(len(codes), -1)
+        values = np.asarray(state.values, np.float64).reshape(len(codes), -1)
+        return codes, ranges, indices, values, count
+    return codes, ranges, newest, newest, count
+
+
+def other_block(row, parts, slots):
+    codes, ranges, indices, values, count = parts
+    window = []
+    if slots:
+        k = len(indices[row]) // slots
+        slot = (count - 1) % slots
+        at = slice(slot * k, (slot + 1) * k)
+        assert np.all(np.diff(indices[row][at].astype(int)) > 0), "not ascending"
+        window = [dict(zip(indices[row][at].tolist(), values[row][at].tolist(), strict=True))]
+    return oracle.Block(codes[row], *ranges[row], window)
+
+
+def draws(seed, count, row, b):
+    """The documented randomness: key, step, leaf, draw, row."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), count), 0)
+    for draw in (0, 1):
+        at = jax.random.fold_in(jax.random.fold_in(key, draw), row)
+        yield np.asarray(jax.random.uniform(at, (b,), jnp.float32), np.float64).tolist()
+
+
+def follow(shape, dtype, arguments, steps=STEPS):
+    """Runs both side by side; returns the number of decisions and of doubts."""
+    tx = scale_by_microadam(**arguments)
+    state = tx.init(jnp.zeros(shape, dtype))
+    known = {"error_bits": "bits", "stochastic_rounding": None, "seed": None}
+    names = {known.get(name, name): value for name, value in arguments.items()}
+    names.pop(None, None)
+    options = oracle.Options(**names)
+    elements, b = oracle.blocks_of(shape, options)
+    mine = [oracle.new_block(b) for _ in elements]
+    stream = gradients(shape, dtype, np.random.default_rng(0))
+    update = jax.jit(tx.update)
+    decisions = doubts = 0
+    for count in range(steps):
+        gradient = next(stream)
+        flat = np.asarray(gradient, np.float64).ravel()
+        updates, state = update(gradient, state)
+        got = np.asarray(updates, np.float64).ravel()
+        parts = state_blocks(state, options.bits)
+        for row, where in enumerate(elements):
+            noise = (None, None)
+            if arguments.get("stochastic_rounding"):
+                noise = tuple(draws(arguments.get("seed", 0), count, row, b))
+            want, tolerance, new, doubt = oracle.step(
+                flat[where], mine[row], count, options, noise
+            )
+            oracle.agree(new, other_block(row, parts, options.window - 1), doubt, options)
+            if not doubt.selection and not doubt.values and not doubt.ranges:
+                rounding = float(jnp.finfo(dtype).eps) * np.abs(want)
+                assert np.all(np.abs(got[where] - want) <= np.add(tolerance, rounding))
+            mine[row] = new
+            decisions += len(where) + 3
+            doubts += doubt.number()
+    return decisions, doubts
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_options(case):
+    decisions, doubts = follow((13, 40), jnp.float32, CASES[case])
+    # Decided by float32's rounding: few enough that nearly all is compared exactly.
+    assert doubts <= 2e-3 * decisions
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2,), (700,), (3, 5, 67), (2, 2, 2, 2, 33)])
+def test_shapes(shape):
+    arguments = {"window": 3, "density": 0.05}
+    decisions, doubts = follow(shape, jnp.float32, arguments, steps=20)
+    assert doubts <= 2e-3 * decisions
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("window", [1, 2, 10])
+def test_dtypes(dtype, window):
+    arguments = {"window": window, "density": 0.05}
+    decisions, doubts = follow((8, 64), dtype, arguments, steps=20)
+    assert doubts <= 2e-3 * decisions
+
+
+def test_float64():
+    with jax.enable_x64(True):
+        gradient = jnp.linspace(-1.0, 2.0, 300, dtype=jnp.float64)
+        tx = scale_by_microadam(window=2, density=0.1)
+        state = tx.init(gradient)
+        for _ in range(3):
+            updates, state = tx.update(gradient, state)
+        assert updates.dtype == jnp.float64
+        single, state32 = gradient.astype(jnp.float32), tx.init(gradient)
+        for _ in range(3):
+            updates32, state32 = tx.update(single, state32)
+        np.testing.assert_array_equal(updates, updates32)
+        assert jax.tree.map(jnp.dtype, state) == jax.tree.map(jnp.dtype, state32)
