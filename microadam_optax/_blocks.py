@@ -49,9 +49,7 @@ def layout(
     return Layout(shape, grid, blocks, block)
 
 
-def default_grid(
-    shape: tuple[int, ...], block_size: int, shards: int
-) -> tuple[int, ...]:
+def default_grid(shape: tuple[int, ...], block_size: int, shards: int) -> tuple[int, ...]:
     """A cell for every index of the leading axes, the next axis in up to `shards`.
 
     Trailing axes are collapsed until they hold a block; the first of them is cut

@@ -79,14 +79,12 @@ def check_leaf(what: str, path: Any, leaf: Any) -> None:
     )
 
 
-def check_grid(
-    path: Any, shape: tuple[int, ...], grid: Any
-) -> tuple[int, ...] | None:
+def check_grid(path: Any, shape: tuple[int, ...], grid: Any) -> tuple[int, ...] | None:
     """A leaf's grid as a tuple; ValueError if it does not cut it into equal cells."""
     if grid is None:
         return None
     numeric = isinstance(grid, tuple | list) and all(
-        isinstance(n, numbers.Integral) and n >= 1 for n in grid
+        isinstance(n, numbers.Integral) and int(n) >= 1 for n in grid
     )
     if not numeric or len(grid) != len(shape) or any(map(operator.mod, shape, grid)):
         raise ValueError(
@@ -98,7 +96,8 @@ def check_grid(
 
 def check_structure(updates: Any, state_tree: Any) -> None:
     """Raises ValueError if the gradients are not a tree like the state's."""
-    if jax.tree.structure(updates) == jax.tree.structure(state_tree):
+    structures: list[Any] = [jax.tree.structure(x) for x in (updates, state_tree)]
+    if structures[0] == structures[1]:
         return
     given, known = (
         [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]

@@ -55,9 +55,10 @@ def in_chunks(
             return _from_bits(piece, like.dtype)
 
         def put(x: jax.Array, part: jax.Array, start: Any) -> jax.Array:
-            at = [0] * x.ndim
+            at: list[Any] = [0] * x.ndim
             at[axis + 1], at[-1] = i, start
-            return lax.dynamic_update_slice(x, _as_bits(jnp.expand_dims(part, axis + 1)), at)
+            part = _as_bits(jnp.expand_dims(part, axis + 1))
+            return lax.dynamic_update_slice(x, part, at)
 
         pieces = _fence(jax.tree.map(read, carry, arrays), i >= 0)
         return jax.tree.map(put, carry, f(pieces), starts)

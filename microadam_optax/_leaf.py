@@ -1,6 +1,7 @@
 """The update of one leaf: Algorithm 1, a line of code to a line of the paper."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from microadam_optax._state import LeafState, Settings
 class Step(NamedTuple):
     """The scalars that all blocks of a leaf share at one step."""
 
-    count: jax.Array  # int32, steps done before this one
+    done: jax.Array  # int32, steps before this one
     b1: jax.Array  # float32, like b2 and eps
     b2: jax.Array
     eps: jax.Array
@@ -27,8 +28,8 @@ class Leaf(NamedTuple):
     gradient: jax.Array  # (*grid, blocks, block), or (*grid, cell) if padded
     codes: jax.Array  # uint8 (*grid, blocks, block * bits / 8)
     ranges: jax.Array  # bfloat16 (*grid, blocks, 2)
-    indices: jax.Array | None  # unsigned (*grid, blocks, (window - 1) * k)
-    values: jax.Array | None  # bfloat16, like indices; both None at window 1
+    indices: Any  # unsigned (*grid, blocks, (window - 1) * k)
+    values: Any  # bfloat16, like indices; both None at window 1
     rows: jax.Array | None  # uint32 (*grid, blocks, 1) to tell blocks apart
 
     @property
@@ -36,9 +37,7 @@ class Leaf(NamedTuple):
         return LeafState(self.codes, self.ranges, self.indices, self.values)
 
 
-def update_blocks(
-    leaf: Leaf, step: Step, cell: int | None, settings: Settings
-) -> Leaf:
+def update_blocks(leaf: Leaf, step: Step, cell: int | None, settings: Settings) -> Leaf:
     """One step of every block, the seam where a fused kernel takes over.
 
     Args:
@@ -66,18 +65,20 @@ def update_blocks(
     newest = jnp.where(selected, lax.reduce_precision(accumulated, 8, 7), 0)
     rest = jnp.where(selected, 0, accumulated)
     codes, ranges = _quantize.quantize(rest, bits, noise(0))
-    mu, nu, indices, values = newest, newest**2, None, None
-    if window > 1:
-        ages = _window.ages(step.count, window - 1)
+    if window == 1:
+        indices = values = None
+        mu, nu = newest, newest**2
+    else:
+        indices = _topk.positions(selected, k)
+        values = jnp.take_along_axis(newest, indices, -1, mode="promise_in_bounds")
+        ages = _window.ages(step.done, window - 1)
         mu, nu = _moments.moments(
             newest, leaf.indices, leaf.values, ages, step.b1, step.b2
         )
-        indices = _topk.positions(selected, k)
-        values = jnp.take_along_axis(accumulated, indices, -1, mode="promise_in_bounds")
         indices = indices.astype(leaf.indices.dtype)
-        values = lax.reduce_precision(values, 8, 7).astype(leaf.values.dtype)
-    mu *= _moments.debias(step.b1, step.count + 1)
-    nu *= _moments.debias(step.b2, step.count + 1)
+        values = values.astype(leaf.values.dtype)
+    mu *= _moments.debias(step.b1, step.done + 1)
+    nu *= _moments.debias(step.b2, step.done + 1)
     update = mu / (jnp.sqrt(nu) + step.eps)
     if alpha:
         error = _without(padding, _quantize.dequantize(codes, ranges, bits))
@@ -104,13 +105,13 @@ def update_leaf(
         cells = cells.reshape(*at.grid, at.blocks, at.block)
     rows = None
     if step.key is not None:
-        rows = jnp.arange(leaf.ranges.size // 2, dtype=jnp.uint32)
-        rows = rows.reshape(*at.grid, at.blocks, 1)
+        lead = (*at.grid, at.blocks, 1)
+        rows = jnp.arange(math.prod(lead), dtype=jnp.uint32).reshape(lead)
     leaf = leaf._replace(gradient=cells, rows=rows)
 
     cell = at.cell if at.padded else None
     f = functools.partial(update_blocks, step=step, cell=cell, settings=settings)
-    starts = _starts(leaf, step.count, settings.window)
+    starts = _starts(leaf, step.done, settings.window)
     axes = range(rank if at.padded else rank + 1)
     chunks, axis = max(
         ((_chunks.number_of_chunks(cells.shape[i], cells.size), -i) for i in axes),

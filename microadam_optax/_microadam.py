@@ -4,6 +4,7 @@
 `_leaf.py`, in the order of the paper's Algorithm 1; what is kept, in `_state.py`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -98,7 +99,7 @@ def scale_by_microadam(
     settings = _states.Settings(window, density, error_bits, alpha)
 
     def init_fn(params: optax.Params) -> MicroAdamState:
-        leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+        leaves, tree = _flatten(params)
         grids = [None] * len(leaves)
         if grid is not None and leaves:
             grids = tree.flatten_up_to(grid)
@@ -118,14 +119,14 @@ def scale_by_microadam(
     ) -> tuple[optax.Updates, MicroAdamState]:
         del params
         _checks.check_structure(updates, state.codes)
-        leaves, tree = jax.tree_util.tree_flatten_with_path(updates)
+        leaves, tree = _flatten(updates)
         states = _unpack(state, tree)
         layouts = []
         for (path, gradient), old in zip(leaves, states, strict=True):
             _checks.check_leaf("Gradients", path, gradient)
             layouts.append(_checks.check_state(path, jnp.shape(gradient), old, settings))
-        scalars = [jnp.asarray(x, jnp.float32) for x in (b1, b2, eps)]
-        step = _leaf.Step(state.count, *scalars, None)
+        float32 = functools.partial(jnp.asarray, dtype=jnp.float32)
+        step = _leaf.Step(state.count, float32(b1), float32(b2), float32(eps), None)
         if state.key is not None:
             key = jax.random.wrap_key_data(state.key)
             step = step._replace(key=jax.random.fold_in(key, state.count))
@@ -246,6 +247,11 @@ def microadam(
         decay,
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def _flatten(tree: Any) -> tuple[list[tuple[Any, Any]], Any]:
+    """Leaves with their paths, and the structure."""
+    return jax.tree_util.tree_flatten_with_path(tree)
 
 
 def _pack(count, states, tree, settings, key) -> MicroAdamState:

@@ -77,9 +77,7 @@ def _scatter(newest, indices, values, mu_weights, nu_weights):
 
 def _add_at(rows: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
     def add(row, index, value):
-        return row.at[index].add(
-            value, mode="promise_in_bounds", unique_indices=True
-        )
+        return row.at[index].add(value, mode="promise_in_bounds", unique_indices=True)
 
     for _ in range(rows.ndim - 1):
         add = jax.vmap(add)

@@ -26,7 +26,7 @@ class MicroAdamState(NamedTuple):
       key: raw PRNG key (uint32) for stochastic rounding, else None.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # a tuple has a method of that name
     codes: Any
     ranges: Any
     indices: Any

@@ -111,7 +111,8 @@ def _count(keys: jax.Array, *thresholds: jax.Array) -> list[jax.Array]:
 
     def reached(keys: jax.Array) -> jax.Array:
         flags = [(keys >= threshold).astype(jnp.int32) for threshold in thresholds]
-        return sum(flag << (bits * i) for i, flag in enumerate(flags))
+        shifted = [flag << (bits * i) for i, flag in enumerate(flags)]
+        return functools.reduce(jnp.add, shifted)
 
     total = _fold(keys, reached, jnp.add, _sum)
     return [(total >> (bits * i)) & (2**bits - 1) for i in range(len(thresholds))]

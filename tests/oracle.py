@@ -153,7 +153,7 @@ def step(gradient, block: Block, count: int, options: Options, noise=(None, None
     accumulated, errors = [0.0] * b, [0.0] * b
     for i in range(real):
         accumulated[i] = float(gradient[i]) + error[i]
-        if np.float32(error[i]) != error[i] or np.float32(accumulated[i]) != accumulated[i]:
+        if any(np.float32(x) != x for x in (error[i], accumulated[i])):
             errors[i] = HALF_ULP * (abs(error[i]) + abs(accumulated[i]))
 
     doubt = Doubt()
@@ -162,7 +162,7 @@ def step(gradient, block: Block, count: int, options: Options, noise=(None, None
     for i in ranked[:k]:
         for j in ranked[k : k + 1]:
             gap = abs(accumulated[i]) - abs(accumulated[j])
-            same = i < real and j < real and gradient[i] == gradient[j] and error[i] == error[j]
+            same = max(i, j) < real and (gradient[i], error[i]) == (gradient[j], error[j])
             if 0 < errors[i] + errors[j] >= gap and not same:
                 doubt.selection = True
 
@@ -229,7 +229,8 @@ def agree(mine: Block, other: Block, doubt: Doubt, options: Options) -> None:
                 assert other.window[0][i] == value, "values"
     if doubt.ranges:
         wide = 2.0**-6 * max(abs(mine.low), abs(mine.high))
-        assert abs(mine.low - other.low) <= wide and abs(mine.high - other.high) <= wide
+        assert abs(mine.low - other.low) <= wide
+        assert abs(mine.high - other.high) <= wide
         mine.codes, mine.low, mine.high = other.codes, other.low, other.high
         return
     assert (mine.low, mine.high) == (other.low, other.high), "ranges"

@@ -72,7 +72,8 @@ def other_block(row, parts, slots):
         slot = (count - 1) % slots
         at = slice(slot * k, (slot + 1) * k)
         assert np.all(np.diff(indices[row][at].astype(int)) > 0), "not ascending"
-        window = [dict(zip(indices[row][at].tolist(), values[row][at].tolist(), strict=True))]
+        entries = zip(indices[row][at].tolist(), values[row][at].tolist(), strict=True)
+        window = [dict(entries)]
     return oracle.Block(codes[row], *ranges[row], window)
 
 

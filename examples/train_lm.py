@@ -1,0 +1,277 @@
+"""Trains a byte-level transformer language model with MicroAdam, on CPU or GPU.
+
+python examples/train_lm.py                      # embedded text, under 3 minutes
+python examples/train_lm.py --optimizer adamw    # the same training with AdamW
+python examples/train_lm.py --data a.txt b.txt   # any text files
+"""
+
+import argparse
+import functools
+import pathlib
+import pydoc_data.topics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from tqdm import tqdm
+
+from microadam_optax import microadam
+
+LEARNING_RATE = {"microadam": 2e-3, "adamw": 2e-3}  # the best of a few for each
+HELD_OUT = 0.1  # share of the text, its end, that is only evaluated
+EVALUATIONS = 8  # during the training
+
+
+class Block(nnx.Module):
+    """Causal attention and an MLP, each behind a norm and around a residual."""
+
+    def __init__(self, width: int, heads: int, rngs: nnx.Rngs):
+        self.heads = heads
+        self.norm_attention = nnx.LayerNorm(width, rngs=rngs)
+        self.query_key_value = nnx.Linear(width, 3 * width, use_bias=False, rngs=rngs)
+        self.attention_out = nnx.Linear(width, width, use_bias=False, rngs=rngs)
+        self.norm_mlp = nnx.LayerNorm(width, rngs=rngs)
+        self.up = nnx.Linear(width, 4 * width, rngs=rngs)
+        self.down = nnx.Linear(4 * width, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, length, width = x.shape
+        heads = (batch, length, 3, self.heads, width // self.heads)
+        qkv = self.query_key_value(self.norm_attention(x)).reshape(heads)
+        q, k, v = (qkv[:, :, i] for i in range(3))
+        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.attention_out(attended.reshape(x.shape))
+        return x + self.down(nnx.gelu(self.up(self.norm_mlp(x))))
+
+
+class LanguageModel(nnx.Module):
+    """Next-byte logits for a batch of byte sequences."""
+
+    def __init__(self, length: int, width: int, depth: int, heads: int, rngs: nnx.Rngs):
+        self.bytes = nnx.Embed(256, width, rngs=rngs)
+        self.positions = nnx.Embed(length, width, rngs=rngs)
+        self.blocks = nnx.List([Block(width, heads, rngs) for _ in range(depth)])
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.logits = nnx.Linear(width, 256, use_bias=False, rngs=rngs)
+
+    def __call__(self, text: jax.Array) -> jax.Array:
+        x = self.bytes(text) + self.positions(jnp.arange(text.shape[1]))
+        for block in self.blocks:
+            x = block(x)
+        return self.logits(self.norm(x))
+
+
+def mean_loss(graph: nnx.GraphDef, params: nnx.State, text: jax.Array) -> jax.Array:
+    """Mean cross-entropy in nats a byte of sequences ``(batch, length + 1)``."""
+    logits = nnx.merge(graph, params)(text[:, :-1])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:])
+    return losses.mean()
+
+
+def make_step(graph: nnx.GraphDef, tx: optax.GradientTransformation):
+    """The whole training step, jitted; parameters and state are updated in place."""
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, opt_state, text):
+        loss, gradients = jax.value_and_grad(mean_loss, argnums=1)(graph, params, text)
+        updates, opt_state = tx.update(gradients, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    return step
+
+
+def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
+    peak = args.learning_rate or LEARNING_RATE[args.optimizer]
+    warmup = max(1, args.steps // 20)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, peak, warmup, max(args.steps, warmup + 1), peak / 10
+    )
+    if args.optimizer == "adamw":
+        inner = optax.adamw(schedule, weight_decay=args.weight_decay)
+    else:
+        inner = microadam(
+            schedule,
+            window=args.window,
+            density=args.density,
+            block_size=args.block_size,
+            error_bits=args.error_bits,
+            alpha=args.alpha,
+            weight_decay=args.weight_decay,
+        )
+    return optax.chain(optax.clip_by_global_norm(1.0), inner)
+
+
+def state_bytes(tx: optax.GradientTransformation, params: nnx.State) -> int:
+    leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def load_text(files: list[pathlib.Path]) -> np.ndarray:
+    """All files as one array of bytes; by default Python's own help text."""
+    if not files:
+        topics = pydoc_data.topics.topics
+        return np.frombuffer("\n".join(topics.values()).encode(), np.uint8)
+    parts = [file.read_bytes() for file in files]
+    for file, part in zip(files, parts, strict=True):
+        if not part:
+            raise ValueError(f"{file} is empty")
+    return np.frombuffer(b"\n".join(parts), np.uint8)
+
+
+def split_text(text: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Text to train on, and its end as whole sequences to evaluate on."""
+    held_out = max(int(HELD_OUT * len(text)), length + 1)
+    train, rest = text[:-held_out], text[-held_out:]
+    if len(train) < length + 1:
+        raise ValueError(
+            f"the text has {len(text)} bytes; training and held-out sequences of "
+            f"{length} need at least {2 * (length + 1)}"
+        )
+    rows = len(rest) // (length + 1)
+    return train, rest[: rows * (length + 1)].reshape(rows, length + 1)
+
+
+def unigram_loss(train: np.ndarray, held_out: np.ndarray) -> float:
+    """Cross-entropy of the held-out bytes under the frequencies in `train`."""
+    counts = np.bincount(train, minlength=256) + 1
+    return float(-np.log(counts / counts.sum())[held_out[:, 1:]].mean())
+
+
+def batches(train: np.ndarray, args: argparse.Namespace):
+    """Random sequences of the training text, ``(batch, length + 1)``, for ever."""
+    rng = np.random.default_rng(args.seed)
+    window = np.arange(args.length + 1)
+    while True:
+        starts = rng.integers(0, len(train) - args.length, size=(args.batch, 1))
+        yield train[starts + window].astype(np.int32)
+
+
+def evaluate(loss, params: nnx.State, held_out: np.ndarray, batch: int) -> float:
+    """Mean loss over all of the held-out sequences."""
+    rows = [held_out[i : i + batch] for i in range(0, len(held_out), batch)]
+    losses = [float(loss(params, row.astype(np.int32))) * len(row) for row in rows]
+    return sum(losses) / len(held_out)
+
+
+def train(args: argparse.Namespace, text: np.ndarray) -> dict[str, list]:
+    """Trains, shows progress, and returns the loss curves."""
+    train_text, held_out = split_text(text, args.length)
+    model = LanguageModel(
+        args.length, args.width, args.depth, args.heads, nnx.Rngs(args.seed)
+    )
+    graph, params = nnx.split(model, nnx.Param)
+    tx = make_optimizer(args)
+    number = sum(leaf.size for leaf in jax.tree.leaves(params))
+    bytes_here, bytes_adam = state_bytes(tx, params), state_bytes(optax.adam(1.0), params)
+    print(f"{len(text):,} bytes of text, {number:,} parameters, {jax.devices()[0]}")
+    print(
+        f"optimizer state: {args.optimizer} {bytes_here:,} bytes "
+        f"({bytes_here / number:.2f} a parameter), Adam {bytes_adam:,} "
+        f"({bytes_adam / number:.2f})"
+    )
+    unigram = unigram_loss(train_text, held_out)
+    step, opt_state = make_step(graph, tx), jax.jit(tx.init)(params)
+    held_out_loss = jax.jit(functools.partial(mean_loss, graph))
+    curves: dict[str, list] = {"train": [], "validation": [], "unigram": [unigram]}
+    stream, every = batches(train_text, args), max(1, args.steps // EVALUATIONS)
+    began = time.perf_counter()
+    with tqdm(total=args.steps, unit="step", disable=args.quiet) as bar:
+        for number in range(1, args.steps + 1):
+            params, opt_state, loss = step(params, opt_state, next(stream))
+            curves["train"].append(float(loss))
+            if number % every == 0 or number == args.steps:
+                value = evaluate(held_out_loss, params, held_out, args.batch)
+                curves["validation"].append((number, value))
+            speed = number * args.batch * args.length / (time.perf_counter() - began)
+            bar.set_postfix_str(f"loss {float(loss):.3f}, {speed:,.0f} tokens/s")
+            bar.update()
+    last = curves["validation"][-1][1]
+    print(f"validation loss {last:.4f} nats a byte, unigram model {unigram:.4f}")
+    return curves
+
+
+def plot(curves: dict[str, list], title: str, file: pathlib.Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    steps = range(1, len(curves["train"]) + 1)
+    axes.plot(steps, curves["train"], color="0.7", linewidth=0.8, label="training batch")
+    axes.plot(*zip(*curves["validation"], strict=True), "o-", label="validation")
+    axes.axhline(curves["unigram"][0], linestyle=":", color="C3", label="unigram model")
+    axes.set(xlabel="step", ylabel="loss (nats a byte)", title=title)
+    axes.legend()
+    figure.savefig(file, dpi=120)
+    print(f"loss curve: {file}")
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports an error in one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def positive(kind):
+    """A number of the given type above zero, for argparse."""
+
+    def convert(text: str):
+        number = kind(text)
+        if not number > 0:
+            raise ValueError(text)
+        return number
+
+    convert.__name__ = f"positive {kind.__name__}"
+    return convert
+
+
+def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Parser]:
+    parser = Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--data", nargs="+", type=pathlib.Path, default=[], metavar="FILE")
+    add("--optimizer", choices=["microadam", "adamw"], default="microadam")
+    add("--steps", type=positive(int), default=500)
+    add("--batch", type=positive(int), default=16)
+    add("--length", type=positive(int), default=128, help="bytes in a sequence")
+    add("--width", type=positive(int), default=128)
+    add("--depth", type=positive(int), default=4)
+    add("--heads", type=positive(int), default=4)
+    add("--learning-rate", type=positive(float), help="peak; a default per optimizer")
+    add("--weight-decay", type=float, default=0.0)
+    add("--window", type=int, default=10)
+    add("--density", type=float, default=0.01)
+    add("--block-size", type=int, default=256)
+    add("--error-bits", type=int, default=4)
+    add("--alpha", type=float, default=0.0)
+    add("--seed", type=int, default=0)
+    add("--plot", type=pathlib.Path, default=pathlib.Path("train_lm.png"))
+    add("--quiet", action="store_true", help="no progress bar")
+    args = parser.parse_args(arguments)
+    if args.width % args.heads:
+        parser.error(f"--width {args.width} is not a multiple of --heads {args.heads}")
+    return args, parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args, parser = parse(arguments)
+    try:
+        make_optimizer(args)
+        text = load_text(args.data)
+        split_text(text, args.length)
+    except OSError as error:
+        parser.error(f"cannot read {error.filename}: {error.strerror}")
+    except ValueError as error:
+        parser.error(str(error))
+    curves = train(args, text)
+    plot(curves, f"byte language model, {args.optimizer}", args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
