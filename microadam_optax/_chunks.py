@@ -5,6 +5,8 @@ leaf itself. A loop over pieces that fit a core's cache bounds that memory, and 
 CPU it is faster too.
 """
 
+import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -15,15 +17,21 @@ from jax import lax
 ELEMENTS = 2**18  # a piece of float32 is then 1 MiB
 
 
-def number_of_chunks(axis_size: int, elements: int) -> int:
-    """Into how many strided pieces to cut an axis; 1 if it should stay whole.
+def plan(shape: tuple[int, ...], axes: range) -> tuple[int, int]:
+    """Which axis of a leaf to cut, and into how many pieces: 1 to leave it whole."""
+    elements = math.prod(shape)
+    chunks = [_pieces(shape[axis], elements) for axis in axes]
+    return max(zip(axes, chunks, strict=True), key=operator.itemgetter(1), default=(0, 1))
 
-    Of an axis that is a multiple of 64 (or 8), as many indices stay in each
-    piece: sharded over a divisor of that, its pieces need no communication.
+
+def _pieces(size: int, elements: int) -> int:
+    """A divisor of an axis's size that leaves about `ELEMENTS` in a piece.
+
+    Of an axis that is a multiple of 64 (or 8), as many indices stay in each piece:
+    sharded over a divisor of that, the pieces need no communication.
     """
     wanted = max(1, elements // ELEMENTS)
-    together = next(n for n in (64, 8, 1) if axis_size % n == 0)
-    most = axis_size // together
+    most = size // next(n for n in (64, 8, 1) if size % n == 0)
     return max(n for n in range(1, min(wanted, most) + 1) if most % n == 0)
 
 

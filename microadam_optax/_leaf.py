@@ -99,7 +99,6 @@ def update_leaf(
 
     Jitted by itself, so that leaves of equal shapes are traced once.
     """
-    rank = len(at.grid)
     cells = _blocks.split(leaf.gradient, at)
     if not at.padded:
         cells = cells.reshape(*at.grid, at.blocks, at.block)
@@ -112,17 +111,14 @@ def update_leaf(
     cell = at.cell if at.padded else None
     f = functools.partial(update_blocks, step=step, cell=cell, settings=settings)
     starts = _starts(leaf, step.done, settings.window)
-    axes = range(rank if at.padded else rank + 1)
-    chunks, axis = max(
-        ((_chunks.number_of_chunks(cells.shape[i], cells.size), -i) for i in axes),
-        default=(1, 0),
-    )
+    axes = range(len(at.grid) + (not at.padded))
+    axis, chunks = _chunks.plan(cells.shape, axes)
 
     def whole(leaf: Leaf) -> Leaf:
         return _chunks.write(leaf, f(leaf), starts)
 
     def in_chunks(leaf: Leaf) -> Leaf:
-        return _chunks.in_chunks(f, leaf, starts, -axis, chunks)
+        return _chunks.in_chunks(f, leaf, starts, axis, chunks)
 
     if chunks == 1:
         leaf = whole(leaf)

@@ -210,10 +210,10 @@ def microadam(
       >>> import jax, jax.numpy as jnp, optax
       >>> from microadam_optax import microadam
       >>> def loss(x): return jnp.sum(x**2)
-      >>> tx = microadam(learning_rate=0.1)
+      >>> tx = microadam(learning_rate=optax.linear_schedule(0.1, 0.0, 200))
       >>> x = jnp.array([1.0, 2.0, 3.0])
       >>> state = tx.init(x)
-      >>> for _ in range(100):
+      >>> for _ in range(200):
       ...     updates, state = tx.update(jax.grad(loss)(x), state)
       ...     x = optax.apply_updates(x, updates)
       >>> bool(loss(x) < 0.1)

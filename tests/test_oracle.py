@@ -1,5 +1,6 @@
 """Trajectories of 50 steps against the float64 oracle, over all options."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,4 +156,4 @@ def test_float64():
         for _ in range(3):
             updates32, state32 = tx.update(single, state32)
         np.testing.assert_array_equal(updates, updates32)
-        assert jax.tree.map(jnp.dtype, state) == jax.tree.map(jnp.dtype, state32)
+        chex.assert_trees_all_equal(state, state32, strict=True)
