@@ -68,8 +68,7 @@ def in_chunks(
             part = _as_bits(jnp.expand_dims(part, axis + 1))
             return lax.dynamic_update_slice(x, part, at)
 
-        pieces = _fence(jax.tree.map(read, carry, arrays), i >= 0)
-        return jax.tree.map(put, carry, f(pieces), starts)
+        return jax.tree.map(put, carry, f(jax.tree.map(read, carry, arrays)), starts)
 
     result = lax.fori_loop(0, chunks, one, jax.tree.map(cut, arrays))
     return jax.tree.map(whole, result, arrays)
@@ -84,12 +83,13 @@ def write(arrays: Any, parts: Any, starts: Any) -> Any:
     return jax.tree.map(put, arrays, parts, starts)
 
 
-def _fence(tree: Any, always: jax.Array) -> Any:
-    """The tree itself, made before any of it is used.
+def fence(tree: Any, always: jax.Array) -> Any:
+    """The tree itself, all of it made before any of it is used.
 
-    Without it XLA reads an array again after a part of it was to be written, and
-    copies the whole array to make that right. (It removes optimization_barrier
-    too early; a conditional that is always true stays.)
+    If a part of an array is written and another part read for something else, XLA
+    copies the whole array to be safe. Behind a fence it sees that the reading comes
+    first. (XLA removes optimization_barrier too early; a conditional stays, if it
+    cannot know that `always` is true.)
     """
     return lax.cond(always, lambda t: t, lambda t: jax.tree.map(jnp.zeros_like, t), tree)
 

@@ -117,8 +117,11 @@ def update_leaf(
     def whole(leaf: Leaf) -> Leaf:
         return _chunks.write(leaf, f(leaf), starts)
 
+    def piece(leaf: Leaf) -> Leaf:
+        return f(leaf._replace(**_chunks.fence(leaf.state._asdict(), step.done >= 0)))
+
     def in_chunks(leaf: Leaf) -> Leaf:
-        return _chunks.in_chunks(f, leaf, starts, axis, chunks)
+        return _chunks.in_chunks(piece, leaf, starts, axis, chunks)
 
     if chunks == 1:
         leaf = whole(leaf)

@@ -56,9 +56,9 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
 
 def unpack(packed: jax.Array, bits: int) -> jax.Array:
     """The inverse of `pack`."""
-    shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)[:, None]
-    codes = (packed[..., None, :] >> shifts) & jnp.uint8(2**bits - 1)
-    return codes.reshape(*packed.shape[:-1], -1)
+    mask = jnp.uint8(2**bits - 1)
+    parts = [(packed >> jnp.uint8(shift)) & mask for shift in range(0, 8, bits)]
+    return jnp.concatenate(parts, axis=-1)
 
 
 def _step(low: jax.Array, high: jax.Array, bits: int) -> jax.Array:
