@@ -1,11 +1,17 @@
-"""Settings for every test: strict dtypes, and hypothesis without time limits."""
+"""Fixtures, and hypothesis without time limits and with fixed seeds."""
 
 import hypothesis
 import jax
-
-jax.config.update("jax_numpy_dtype_promotion", "strict")
+import pytest
 
 hypothesis.settings.register_profile(
     "fixed", deadline=None, derandomize=True, print_blob=True
 )
 hypothesis.settings.load_profile("fixed")
+
+
+@pytest.fixture
+def strict():
+    """No implicit promotion of dtypes. (optax itself relies on it.)"""
+    with jax.numpy_dtype_promotion("strict"):
+        yield

@@ -9,6 +9,8 @@ import pytest
 import oracle
 from microadam_optax import scale_by_microadam
 
+pytestmark = pytest.mark.usefixtures("strict")
+
 STEPS = 50
 
 CASES = {

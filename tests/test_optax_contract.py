@@ -1,0 +1,215 @@
+"""What optax asks of its own optimizers, asked of MicroAdam by optax's own tests.
+
+The test files that the installed optax ships are imported as they are, with absl's
+parameterized decorators switched off, so that their test functions can be called
+with MicroAdam as the optimizer.
+"""
+
+import importlib.util
+import unittest
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from absl.testing import parameterized
+from optax import contrib
+from optax._src import alias
+
+import microadam_optax
+
+VARIANTS = {
+    "paper": {},
+    "window2": {"window": 2, "density": 0.25},
+    "window1": {"window": 1, "density": 0.25},
+    "dense": {"window": 3, "density": 1.0},
+}
+# A rate with which 10,000 steps cover the way to optax's targets.
+RATE = {"paper": 3e-4, "window2": 3e-4, "window1": 1e-3, "dense": 3e-4}
+
+
+def variant(name):
+    """The arguments that can be traced; inject_hyperparams gets no others."""
+
+    def factory(
+        learning_rate: optax.ScalarOrSchedule,
+        b1: float = 0.9,
+        b2: float = 0.999,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        return microadam_optax.microadam(
+            learning_rate, b1, b2, eps, weight_decay=weight_decay, **VARIANTS[name]
+        )
+
+    return factory
+
+
+def plain(module: str):
+    """A test module of optax, with its test functions undecorated."""
+    spec = importlib.util.find_spec(module)
+    loaded = importlib.util.module_from_spec(spec)
+
+    def same(*_, **__):
+        return lambda function: function
+
+    with (
+        mock.patch.object(parameterized, "product", same),
+        mock.patch.object(parameterized, "parameters", same),
+        mock.patch.object(parameterized, "named_parameters", same),
+    ):
+        spec.loader.exec_module(loaded)
+    return loaded
+
+
+COMMON = plain("optax.contrib._common_test")
+ALIAS = plain("optax._src.alias_test")
+
+
+def tests_in(case: type) -> set[str]:
+    return {name for name in vars(case) if name.startswith("test_")}
+
+
+@pytest.fixture(params=VARIANTS)
+def call(request, monkeypatch):
+    """The keywords by which optax's tests name an optimizer."""
+    name = f"microadam_{request.param}"
+    for module in (contrib, alias):
+        monkeypatch.setattr(module, name, variant(request.param), raising=False)
+    return {"opt_name": name, "opt_kwargs": {"learning_rate": RATE[request.param]}}
+
+
+def common(name, call, **keywords):
+    test = getattr(COMMON.ContribTest(name), name)
+    test(**call, wrapper_name=None, wrapper_kwargs=None, **keywords)
+
+
+def aliases(name, call, **keywords):
+    getattr(ALIAS.AliasTest(name), name)(**call, **keywords)
+
+
+def stalls(call, target):
+    """Sign descent at a constant rate: optax excludes its sign_sgd here, too."""
+    return "window1" in call["opt_name"] and target == "_setup_rosenbrock"
+
+
+TARGETS = [name for name in vars(COMMON) if name.startswith("_setup_")]
+
+
+def test_optax_has_no_test_that_is_not_run_here():
+    assert len(TARGETS) == 4
+    assert tests_in(COMMON.ContribTest) == {
+        "test_optimizers_accept_extra_args",
+        "test_optimizers",
+        "test_optimizers_can_be_wrapped_in_inject_hyperparams",
+        "test_preserve_dtype",
+        "test_gradient_accumulation",
+        "test_state_shape_dtype_shard_stability",
+        "test_optimizers_accept_learning_rate_schedule_if_type_annotated_as_such",
+    }
+    assert tests_in(ALIAS.AliasTest) == {
+        "test_optimization",
+        "test_optimizers_accept_extra_args",
+        "test_optimizers_can_be_wrapped_in_inject_hyperparams",
+        "test_explicit_dtype",  # of mu_dtype, which MicroAdam does not have
+        "test_preserve_dtype",
+        "test_state_shape_dtype_shard_stability",
+        "test_gradient_accumulation",
+    }
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_optimizers(call, target):
+    """30,000 steps to each target."""
+    if stalls(call, target):
+        pytest.skip("sign descent needs a schedule to solve the Rosenbrock function")
+    common("test_optimizers", call, target=getattr(COMMON, target), dtype="float32")
+
+
+@pytest.mark.parametrize("target", ["_setup_parabola", "_setup_rosenbrock"])
+def test_optimization(call, target):
+    """10,000 steps, without compiling again."""
+    if stalls(call, target):
+        pytest.skip("sign descent needs a schedule to solve the Rosenbrock function")
+    aliases("test_optimization", call, target=getattr(ALIAS, target), dtype=jnp.float32)
+
+
+@pytest.mark.parametrize("run", [common, aliases])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_preserve_dtype(run, call, dtype):
+    run("test_preserve_dtype", call, dtype=dtype)
+
+
+@pytest.mark.parametrize("run", [common, aliases])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_gradient_accumulation(run, call, dtype):
+    run("test_gradient_accumulation", call, dtype=dtype)
+
+
+@pytest.mark.parametrize("run", [common, aliases])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
+def test_state_shape_dtype_shard_stability(run, call, dtype):
+    run("test_state_shape_dtype_shard_stability", call, dtype=dtype)
+
+
+@pytest.mark.parametrize("run", [common, aliases])
+def test_inject_hyperparams(run, call):
+    run("test_optimizers_can_be_wrapped_in_inject_hyperparams", call)
+
+
+def test_accept_extra_args(call):
+    common("test_optimizers_accept_extra_args", call, wrap=False)
+    aliases("test_optimizers_accept_extra_args", call)
+
+
+def test_learning_rate_schedule(call):
+    name = "test_optimizers_accept_learning_rate_schedule_if_type_annotated_as_such"
+    try:
+        common(name, call)
+    except unittest.SkipTest as reason:
+        pytest.fail(f"optax would skip this: {reason}")
+
+
+def test_mixed_dtypes_in_x64_mode():
+    module = plain("optax._src.float64_test")
+    test = module.Float64Test("test_mixed_dtype_input_outputs")
+    before = jax.config.jax_enable_x64
+    try:
+        test.test_mixed_dtype_input_outputs(
+            microadam_optax.microadam, {"learning_rate": 0.1}
+        )
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
+@pytest.mark.filterwarnings("ignore:Specifying a key")  # of optax's own noisy_sgd
+def test_init_with_abstract_input():
+    module = plain("optax._src.sharding_test")
+    test = module.ShardingTest("test_init_with_abstract_input")
+    test.test_init_with_abstract_input(microadam_optax.microadam(0.1))
+
+
+def test_inject_hyperparams_with_the_structural_arguments_named():
+    make = optax.inject_hyperparams(
+        microadam_optax.microadam, static_args=microadam_optax.STATIC_ARGS
+    )
+    tx = make(
+        learning_rate=optax.linear_schedule(1.0, 0.0, 10),
+        b1=0.8,
+        window=2,
+        density=0.5,
+        weight_decay=0.1,
+    )
+    params = jnp.ones(16)
+    state = jax.jit(tx.init)(params)
+    for _ in range(3):
+        _, state = jax.jit(tx.update)(params, state, params)
+    assert float(state.hyperparams["learning_rate"]) == pytest.approx(0.8)
+    assert set(state.hyperparams) == {
+        "learning_rate",
+        "b1",
+        "b2",
+        "eps",
+        "weight_decay",
+    }

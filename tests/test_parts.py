@@ -1,0 +1,294 @@
+"""Properties of the parts: inverses, bounds, exact sets."""
+
+import math
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from jax import lax
+
+from microadam_optax import (
+    _blocks,
+    _chunks,
+    _moments,
+    _quantize,
+    _topk,
+    _window,
+    scale_by_microadam,
+)
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+SHAPES = st.lists(st.integers(0, 40), max_size=4).map(tuple)
+BLOCK_SIZES = st.sampled_from([8, 64, 256, 1024, 65536])
+BITS = st.sampled_from([2, 4, 8])
+
+
+def rows(b, number=5, seed=0):
+    return np.random.default_rng(seed).normal(size=(number, b)).astype(np.float32)
+
+
+@given(SHAPES, BLOCK_SIZES, st.integers(1, 16))
+def test_split_and_join_are_inverses(shape, block_size, shards):
+    at = _blocks.layout(shape, block_size, shards)
+    leaf = np.arange(math.prod(shape)).reshape(shape)
+    cells = _blocks.split(leaf, at)
+    assert cells.shape == (*at.grid, at.cell)
+    np.testing.assert_array_equal(_blocks.join(cells, at), leaf)
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4).map(lambda n: 8 * n))
+def test_pad_and_unpad_are_inverses(number, blocks, block):
+    for cell in {blocks * block, blocks * block - 1, (blocks - 1) * block + 1}:
+        cells = jnp.arange(1, number * cell + 1).reshape(number, cell)
+        padded = _blocks.pad(cells, blocks, block)
+        assert padded.shape == (number, blocks, block)
+        np.testing.assert_array_equal(_blocks.unpad(padded, cell), cells)
+        padding = _blocks.padding_mask(blocks, block, cell)
+        np.testing.assert_array_equal(padded == 0, jnp.stack([padding] * number))
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), max_size=3))
+def test_split_and_join_are_inverses_for_any_grid(axes):
+    grid, shape = tuple(g for g, _ in axes), tuple(g * n for g, n in axes)
+    at = _blocks.layout(shape, 8, grid=grid)
+    leaf = np.arange(math.prod(shape)).reshape(shape)
+    cells = _blocks.split(leaf, at)
+    np.testing.assert_array_equal(_blocks.join(cells, at), leaf)
+    corner = leaf[tuple(slice(n) for _, n in axes)].ravel()
+    np.testing.assert_array_equal(cells[(0,) * len(grid)], corner)
+
+
+@given(SHAPES, BLOCK_SIZES, st.integers(1, 16))
+@example((4096, 11008), 256, 8)
+@example((50257, 768), 256, 8)
+def test_the_rule_of_the_grid(shape, block_size, shards):
+    at = _blocks.layout(shape, block_size, shards)
+    assert len(at.grid) == len(shape)
+    assert all(n % g == 0 for n, g in zip(shape, at.grid, strict=True))
+    assert at.block % 8 == 0
+    assert at.block <= block_size
+    # All blocks but the last of a cell are full, and that one is not empty.
+    assert (at.blocks - 1) * at.block < max(at.cell, 1) <= at.blocks * at.block
+
+
+def test_grids_of_known_shapes():
+    def of(*shape):
+        at = _blocks.layout(shape, 256)
+        return at.grid, at.blocks, at.block
+
+    assert of(4096, 4096) == ((4096, 8), 2, 256)
+    assert of(4096, 11008) == ((4096, 8), 6, 232)  # Llama-2's MLP
+    assert of(50257, 768) == ((50257, 8), 1, 96)  # GPT-2's embedding
+    assert of(4096, 32, 128) == ((4096, 8, 1), 2, 256)  # an attention kernel
+    assert of(3, 3, 64, 128) == ((3, 3, 8, 1), 4, 256)  # a convolution
+    assert of(100) == ((1,), 1, 104)
+    assert of() == ((), 1, 8)
+    assert of(0, 7) == ((1, 1), 1, 8)
+
+
+@given(BITS, st.integers(1, 8), st.integers(0, 2**32 - 1))
+def test_pack_and_unpack_are_inverses(bits, eighths, seed):
+    codes = np.random.default_rng(seed).integers(0, 2**bits, (3, 8 * eighths))
+    packed = _quantize.pack(jnp.asarray(codes, jnp.uint8), bits)
+    assert packed.shape == (3, eighths * bits)
+    np.testing.assert_array_equal(_quantize.unpack(packed, bits), codes)
+
+
+@given(
+    BITS,
+    st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=8, max_size=8),
+    st.sampled_from([1e-30, 1e-3, 1.0]),
+)
+def test_quantizing_errs_by_half_a_step(bits, numbers, scale):
+    x = np.array([numbers], np.float32) * np.float32(scale)
+    codes, ranges = _quantize.quantize(jnp.asarray(x), bits)
+    back = np.asarray(_quantize.dequantize(codes, ranges, bits), np.float64)
+    low, high = np.asarray(ranges, np.float64)[0]
+    # Half a step, and what rounding moves: the ends to bfloat16 (8 bits), the step
+    # to 16 bits over all of its 2**bits multiples, and float32 itself.
+    step = (high - low) / (2**bits - 1)
+    largest = max(abs(low), abs(high))
+    bound = step / 2 + 2.0**-8 * largest + (high - low) * 2.0**-16 + largest * 2.0**-22
+    assert np.all(np.abs(back - x) <= bound + np.finfo(np.float32).tiny)
+
+
+@given(BITS, st.floats(-100, 100, width=32))
+def test_equal_numbers_are_kept_to_their_bfloat16(bits, number):
+    codes, ranges = _quantize.quantize(jnp.full((1, 8), number, jnp.float32), bits)
+    assert not codes.any()
+    back = _quantize.dequantize(codes, ranges, bits)
+    np.testing.assert_array_equal(back, np.float32(jnp.bfloat16(number)))
+
+
+def test_stochastic_rounding_is_unbiased():
+    x = jnp.asarray(rows(256, 1))
+    number = 4000
+
+    def once(key):
+        noise = jax.random.uniform(key, x.shape, jnp.float32)
+        codes, ranges = _quantize.quantize(x, 4, noise)
+        return _quantize.dequantize(codes, ranges, 4)
+
+    backs = jax.vmap(once)(jax.random.split(jax.random.key(0), number))
+    low, high = float(x.min()), float(x.max())
+    inside = np.asarray((x > low) & (x < high))  # the ends are rounded to bfloat16
+    step = (high - low) / 15
+    deviation = np.asarray(backs.mean(0) - x)[inside]
+    # The mean of `number` draws, each off by at most a step: six standard errors.
+    assert np.abs(deviation).max() <= 6 * step / 2 / number**0.5 + 2.0**-8 * high
+
+
+def reference_mask(x, k):
+    indices = lax.top_k(jnp.abs(x), k)[1]
+    mask = np.zeros(x.shape, bool)
+    np.put_along_axis(mask, np.asarray(indices), True, axis=-1)
+    return mask
+
+
+KINDS = {
+    "normal": lambda b: rows(b),
+    "ties": lambda b: np.round(rows(b) * 2) / 2,
+    "zeros": lambda b: np.zeros_like(rows(b)),
+    "equal": lambda b: np.full_like(rows(b), -3.0),
+    "denormal": lambda b: rows(b) * np.float32(1e-41),
+    "not finite": lambda b: np.where(
+        rows(b, seed=1) > 0.8,
+        np.nan,
+        np.where(rows(b, seed=2) > 1, -np.inf, rows(b)),
+    ).astype(np.float32),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("b", [8, 96, 232, 256, 1016, 1024, 2048])
+@pytest.mark.parametrize("k", [1, 3, 8, 9, 31, 64, 250])
+def test_selection_is_that_of_top_k(kind, b, k):
+    """By maxima, by counting and in large blocks: the set, ties and NaN included."""
+    k = min(k, b)
+    x = jnp.asarray(KINDS[kind](b))
+    mask = jax.jit(_topk.largest, static_argnums=1)(x, k)
+    np.testing.assert_array_equal(mask, reference_mask(x, k))
+    positions = jax.jit(_topk.positions, static_argnums=1)(mask, k)
+    expected = [np.flatnonzero(row) for row in np.asarray(mask)]
+    np.testing.assert_array_equal(positions, expected)
+
+
+@pytest.mark.parametrize("k", [1, 5, 8])
+def test_strategies_find_the_same_threshold(k):
+    for kind in ("normal", "ties", "zeros", "not finite"):
+        keys = lax.bitcast_convert_type(jnp.abs(jnp.asarray(KINDS[kind](256))), jnp.int32)
+        few = _topk.kth_by_maxima(keys, k)
+        many = _topk.kth_by_counting(keys, k, bits=31)
+        np.testing.assert_array_equal(few, many)
+
+
+@given(st.integers(1, 5), st.integers(1, 30))
+def test_the_window_holds_the_last_writes(slots, steps):
+    """Slots and ages: each slot's age says when it was written."""
+    written = [None] * slots
+    for count in range(steps):
+        ages = _window.ages(jnp.int32(count), slots)
+        for slot, when in enumerate(written):
+            if when is not None:
+                assert int(ages[slot]) == count - when
+        written[int(_window.start(jnp.int32(count), slots, 1))] = count
+    assert sorted(w for w in written if w is not None) == list(
+        range(max(0, steps - slots), steps)
+    )
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5])
+@pytest.mark.parametrize("k", [1, 7])
+def test_moments_by_comparing_and_by_scattering(slots, k):
+    rng = np.random.default_rng(0)
+    indices = np.concatenate(
+        [np.stack([rng.permutation(64)[:k] for _ in range(3)]) for _ in range(slots)], -1
+    ).astype(np.uint8)
+    values = jnp.asarray(rng.normal(size=(3, slots * k)), jnp.bfloat16)
+    newest = jnp.asarray(np.where(rows(64, 3) > 1, rows(64, 3), 0))
+    weights = jnp.asarray(0.9 ** np.arange(1, slots + 1), jnp.float32)
+    arguments = (newest, jnp.asarray(indices, jnp.int32), values.astype(jnp.float32))
+    few = _moments._compare(*arguments, weights, weights)
+    many = _moments._scatter(*arguments, weights, weights)
+    for one, other in zip(few, many, strict=True):
+        size = np.abs(np.asarray(one)) + np.abs(np.asarray(newest)) + 4
+        assert np.all(np.abs(one - other) <= (slots + 1) * 2.0**-23 * size)
+
+
+@given(st.floats(0, 0.9999), st.integers(1, 10**6))
+def test_debias_is_accurate(decay, count):
+    decay32 = np.float32(decay)
+    got = float(_moments.debias(jnp.float32(decay32), jnp.int32(count)))
+    exact = float(decay32)
+    log = math.log(exact) if exact else -math.inf
+    expected = (1 - exact) / -math.expm1(count * log)
+    assert got == pytest.approx(expected, rel=16 * 2.0**-24)
+
+
+@pytest.mark.parametrize("window", [1, 2, 4])
+@pytest.mark.parametrize("random", [False, True])
+@pytest.mark.parametrize("axis_size", ["whole", "padded", "blocks axis"])
+def test_chunks_change_no_bit(window, random, axis_size, monkeypatch):
+    shape, block_size = {
+        "whole": ((64, 192), 64),
+        "padded": ((64, 190), 64),
+        "blocks axis": ((64 * 192,), 64),
+    }[axis_size]
+    tx = scale_by_microadam(
+        window=window,
+        density=0.1,
+        block_size=block_size,
+        shards=1,
+        stochastic_rounding=random,
+    )
+    results = []
+    for elements in (2**30, 1000):
+        jax.clear_caches()
+        monkeypatch.setattr(_chunks, "ELEMENTS", elements)
+        state = tx.init(jnp.zeros(shape))
+        for step in range(5):
+            gradient = jnp.asarray(rows(math.prod(shape), 1, seed=step)).reshape(shape)
+            lowered = jax.jit(tx.update).lower(gradient, state)
+            assert ("while" in lowered.as_text()) or elements == 2**30
+            updates, state = lowered.compile()(gradient, state)
+        results.append((updates, state))
+    jax.tree.map(np.testing.assert_array_equal, *results)
+    jax.clear_caches()
+
+
+def test_nothing_is_lost():
+    """The error that is kept is exactly the quantized remainder."""
+    tx = scale_by_microadam(window=2, density=0.1, shards=1)
+    state = tx.init(jnp.zeros((4, 256)))
+    error = jnp.zeros((4, 256), jnp.float32)
+    for step in range(10):
+        gradient = jnp.asarray(rows(256, 4, seed=step))
+        accumulated = gradient + error
+        _, state = tx.update(gradient, state)
+        rest = jnp.where(_topk.largest(accumulated, 26), 0.0, accumulated)
+        codes, ranges = _quantize.quantize(rest, 4)
+        np.testing.assert_array_equal(codes, state.codes.reshape(codes.shape))
+        np.testing.assert_array_equal(ranges, state.ranges.reshape(ranges.shape))
+        error = _quantize.dequantize(codes, ranges, 4)
+        selected = np.asarray(accumulated - rest)
+        at = np.asarray(state.indices).reshape(4, 26).astype(int)
+        kept = np.zeros_like(selected)
+        values = np.asarray(state.values, np.float32).reshape(4, 26)
+        np.put_along_axis(kept, at, values, -1)
+        assert np.all(np.abs(kept - selected) <= 2.0**-8 * np.abs(selected))
+
+
+def test_padding_is_never_selected():
+    """However small the gradient, unless nothing else is left in the block."""
+    tx = scale_by_microadam(window=3, density=0.25, shards=1)
+    state = tx.init(jnp.zeros(70))  # one block of 72
+    for step in range(6):
+        gradient = jnp.asarray(rows(70, 1, seed=step)[0]) * 1e-30
+        gradient = gradient * (step > 2)  # zeros first: all tie with the padding
+        _, state = tx.update(gradient, state)
+        assert int(state.indices.max()) < 70
