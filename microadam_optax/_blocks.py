@@ -74,16 +74,16 @@ def default_grid(shape: tuple[int, ...], block_size: int, shards: int) -> tuple[
 def split(leaf: jax.Array, at: Layout) -> jax.Array:
     """A leaf ``at.shape`` as cells ``(*at.grid, at.cell)``."""
     grid = zip(at.shape, at.grid, strict=True)
-    boxes = leaf.reshape([n for size, g in grid for n in (g, size // g)])
+    boxes = leaf.reshape(tuple(n for size, g in grid for n in (g, size // g)))
     rank = len(at.shape)
     order = (*range(0, 2 * rank, 2), *range(1, 2 * rank, 2))
-    return boxes.transpose(order).reshape(*at.grid, at.cell)
+    return boxes.transpose(order).reshape((*at.grid, at.cell))
 
 
 def join(cells: jax.Array, at: Layout) -> jax.Array:
     """The inverse of `split`."""
     inner = tuple(n // g for n, g in zip(at.shape, at.grid, strict=True))
-    boxes = cells.reshape(*at.grid, *inner)
+    boxes = cells.reshape((*at.grid, *inner))
     rank = len(at.shape)
     order = [axis for i in range(rank) for axis in (i, rank + i)]
     return boxes.transpose(order).reshape(at.shape)

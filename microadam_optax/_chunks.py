@@ -36,8 +36,13 @@ def _pieces(size: int, elements: int) -> int:
 
 
 def in_chunks(
-    f: Callable[[Any], Any], arrays: Any, starts: Any, axis: int, chunks: int
-) -> Any:
+    f: Callable[[Any], Any],
+    arrays: Any,
+    starts: Any,
+    axis: int,
+    chunks: int,
+    after: jax.Array,
+) -> tuple[Any, jax.Array]:
     """``write(arrays, f(arrays), starts)``, computed in strided pieces of an axis.
 
     Args:
@@ -46,32 +51,52 @@ def in_chunks(
       starts: as in `write`.
       axis: the axis to cut; `f` sees it shorter by the factor `chunks`.
       chunks: a divisor of the size of `axis`.
+      after: int32 >= 0 that another call returned, to run after it and so in the
+        same temporary memory.
 
     Returns:
-      Arrays like `arrays`; XLA writes them over the inputs.
+      Arrays like `arrays`, which XLA writes over the inputs, and the next `after`.
     """
 
-    def cut(x: jax.Array) -> jax.Array:
-        return _as_bits(x.reshape(*x.shape[:axis], -1, chunks, *x.shape[axis + 1 :]))
+    def cut(x: jax.Array, pieces: int = chunks) -> jax.Array:
+        """``(*lead, kept, pieces, *rest)`` without axes of size 1.
+
+        XLA would lay those out anew, and copy the array.
+        """
+        lead = [n for n in (*x.shape[:axis], x.shape[axis] // pieces) if n > 1]
+        rest = [n for n in x.shape[axis + 1 : -1] if n > 1]
+        return _as_bits(x.reshape((*lead, pieces, *rest, x.shape[-1])))
 
     def whole(x: jax.Array, like: jax.Array) -> jax.Array:
         return _from_bits(x, like.dtype).reshape(like.shape)
 
+    def cut_axis(like: jax.Array) -> int:
+        return sum(n > 1 for n in (*like.shape[:axis], like.shape[axis] // chunks))
+
     def one(i: jax.Array, carry: Any) -> Any:
+        arrays_now, after = carry
+
         def read(x: jax.Array, like: jax.Array) -> jax.Array:
-            piece = lax.dynamic_index_in_dim(x, i, axis + 1, keepdims=False)
-            return _from_bits(piece, like.dtype)
+            piece = lax.dynamic_index_in_dim(x, i, cut_axis(like), keepdims=False)
+            kept = like.shape[axis] // chunks
+            shape = (*like.shape[:axis], kept, *like.shape[axis + 1 :])
+            return _from_bits(piece, like.dtype).reshape(shape)
 
-        def put(x: jax.Array, part: jax.Array, start: Any) -> jax.Array:
+        def put(x: jax.Array, part: jax.Array, like: jax.Array, start: Any) -> jax.Array:
             at: list[Any] = [0] * x.ndim
-            at[axis + 1], at[-1] = i, start
-            part = _as_bits(jnp.expand_dims(part, axis + 1))
-            return lax.dynamic_update_slice(x, part, at)
+            at[cut_axis(like)], at[-1] = i, start
+            return lax.dynamic_update_slice(x, cut(part, 1), at)
 
-        return jax.tree.map(put, carry, f(jax.tree.map(read, carry, arrays)), starts)
+        new = f(jax.tree.map(read, arrays_now, arrays))
+        return jax.tree.map(put, arrays_now, new, arrays, starts), jnp.maximum(after, i)
 
-    result = lax.fori_loop(0, chunks, one, jax.tree.map(cut, arrays))
-    return jax.tree.map(whole, result, arrays)
+    def begin(x: jax.Array) -> jax.Array:
+        """Cut; arrays that `_as_bits` copies wait for `after`, to share memory."""
+        bits = cut(x)
+        return bits | (after < 0).astype(bits.dtype) if bits.dtype != x.dtype else bits
+
+    result, after = lax.fori_loop(0, chunks, one, (jax.tree.map(begin, arrays), after))
+    return jax.tree.map(whole, result, arrays), after
 
 
 def write(arrays: Any, parts: Any, starts: Any) -> Any:

@@ -93,11 +93,12 @@ def update_blocks(leaf: Leaf, step: Step, cell: int | None, settings: Settings) 
 
 @functools.partial(jax.jit, static_argnames=("at", "settings"))
 def update_leaf(
-    leaf: Leaf, step: Step, *, at: _blocks.Layout, settings: Settings
-) -> Leaf:
+    leaf: Leaf, step: Step, after: jax.Array, *, at: _blocks.Layout, settings: Settings
+) -> tuple[Leaf, jax.Array]:
     """One step of a leaf whose gradient has its own shape, not that of blocks.
 
-    Jitted by itself, so that leaves of equal shapes are traced once.
+    Jitted by itself, so that leaves of equal shapes are traced once. `after` is what
+    the update of another leaf returned beside it, see `_chunks.in_chunks`.
     """
     cells = _blocks.split(leaf.gradient, at)
     if not at.padded:
@@ -114,21 +115,25 @@ def update_leaf(
     axes = range(len(at.grid) + (not at.padded))
     axis, chunks = _chunks.plan(cells.shape, axes)
 
-    def whole(leaf: Leaf) -> Leaf:
-        return _chunks.write(leaf, f(leaf), starts)
+    def whole(leaf: Leaf, after: jax.Array) -> tuple[Leaf, jax.Array]:
+        return _chunks.write(leaf, f(leaf), starts), after
 
-    def piece(leaf: Leaf) -> Leaf:
-        return f(leaf._replace(**_chunks.fence(leaf.state._asdict(), step.done >= 0)))
+    def in_chunks(leaf: Leaf, after: jax.Array) -> tuple[Leaf, jax.Array]:
+        def piece(leaf: Leaf) -> Leaf:
+            # The window is read and written in places that XLA sees no order between.
+            read = _chunks.fence(leaf.state._asdict(), step.done >= 0)
+            return f(leaf._replace(**read))
 
-    def in_chunks(leaf: Leaf) -> Leaf:
-        return _chunks.in_chunks(piece, leaf, starts, axis, chunks)
+        return _chunks.in_chunks(piece, leaf, starts, axis, chunks, after)
 
     if chunks == 1:
-        leaf = whole(leaf)
+        leaf, after = whole(leaf, after)
     else:
-        leaf = lax.platform_dependent(leaf, cuda=whole, rocm=whole, default=in_chunks)
+        leaf, after = lax.platform_dependent(
+            leaf, after, cuda=whole, rocm=whole, default=in_chunks
+        )
     update = _blocks.join(leaf.gradient.reshape(*at.grid, at.cell), at)
-    return leaf._replace(gradient=update, rows=None)
+    return leaf._replace(gradient=update, rows=None), after
 
 
 def for_leaf(step: Step, number: int) -> Step:

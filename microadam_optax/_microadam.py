@@ -130,17 +130,14 @@ def scale_by_microadam(
         if state.key is not None:
             key = jax.random.wrap_key_data(state.key)
             step = step._replace(key=jax.random.fold_in(key, state.count))
-        new = [
-            _leaf.update_leaf(
-                _leaf.Leaf(jnp.asarray(gradient), *old, None),
-                _leaf.for_leaf(step, number),
-                at=at,
-                settings=settings,
-            )
-            for number, ((_, gradient), old, at) in enumerate(
-                zip(leaves, states, layouts, strict=True)
-            )
-        ]
+        new, after = [], state.count  # a number that is never negative
+        for number, ((_, gradient), old, at) in enumerate(
+            zip(leaves, states, layouts, strict=True)
+        ):
+            leaf = _leaf.Leaf(jnp.asarray(gradient), *old, None)
+            own = _leaf.for_leaf(step, number)
+            leaf, after = _leaf.update_leaf(leaf, own, after, at=at, settings=settings)
+            new.append(leaf)
         count = optax.safe_increment(state.count)
         new_states = [leaf.state for leaf in new]
         new_state = _pack(count, new_states, tree, settings, state.key)

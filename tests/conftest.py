@@ -12,6 +12,6 @@ hypothesis.settings.load_profile("fixed")
 
 @pytest.fixture
 def strict():
-    """No implicit promotion of dtypes. (optax itself relies on it.)"""
+    """No implicit promotion of dtypes, on which optax itself relies."""
     with jax.numpy_dtype_promotion("strict"):
         yield
