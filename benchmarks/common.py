@@ -20,7 +20,7 @@ SETTINGS = {
 def llama2_7b() -> dict[str, tuple[int, ...]]:
     """Parameter shapes of Llama-2-7B (6,738,415,616 parameters)."""
     layer = {
-        **{name: (4096, 4096) for name in ("q", "k", "v", "o")},
+        **dict.fromkeys(("q", "k", "v", "o"), (4096, 4096)),
         "gate": (4096, 11008),
         "up": (4096, 11008),
         "down": (11008, 4096),

@@ -13,9 +13,9 @@ import time
 
 import jax
 import optax
-from common import SETTINGS, report
 from tqdm import tqdm
 
+from common import SETTINGS, report
 from microadam_optax import microadam
 
 SHAPES = {

@@ -22,8 +22,8 @@ from tqdm import tqdm
 from microadam_optax import microadam
 
 LEARNING_RATE = {"microadam": 2e-3, "adamw": 2e-3}  # the best of a few for each
-HELD_OUT = 0.1  # share of the text, its end, that is only evaluated
-EVALUATIONS = 8  # during the training
+HELD_OUT = 0.05  # share of the text, its end, that is only evaluated
+EVALUATIONS = 5  # during the training
 
 
 class Block(nnx.Module):
@@ -236,11 +236,11 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Parse
     add = parser.add_argument
     add("--data", nargs="+", type=pathlib.Path, default=[], metavar="FILE")
     add("--optimizer", choices=["microadam", "adamw"], default="microadam")
-    add("--steps", type=positive(int), default=500)
-    add("--batch", type=positive(int), default=16)
+    add("--steps", type=positive(int), default=400)
+    add("--batch", type=positive(int), default=8)
     add("--length", type=positive(int), default=128, help="bytes in a sequence")
     add("--width", type=positive(int), default=128)
-    add("--depth", type=positive(int), default=4)
+    add("--depth", type=positive(int), default=3)
     add("--heads", type=positive(int), default=4)
     add("--learning-rate", type=positive(float), help="peak; a default per optimizer")
     add("--weight-decay", type=float, default=0.0)

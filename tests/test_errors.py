@@ -65,7 +65,7 @@ def test_an_array_names_static_args(name, kind):
 
 def test_inject_hyperparams_without_static_args_says_what_to_do():
     tx = optax.inject_hyperparams(microadam)(learning_rate=0.1)
-    with pytest.raises(TypeError, match="static_args=microadam_optax.STATIC_ARGS"):
+    with pytest.raises(TypeError, match=r"static_args=microadam_optax\.STATIC_ARGS"):
         tx.init(jnp.ones(3))
 
 
@@ -116,7 +116,7 @@ def test_gradients_that_do_not_match(gradients, message):
 def test_state_of_other_arguments(other):
     state = scale_by_microadam(window=5, density=0.1).init(jnp.ones((4, 100)))
     tx = scale_by_microadam(**{"window": 5, "density": 0.1, **other})
-    with pytest.raises(ValueError, match="`window`=.*`density`=.*`error_bits`="):
+    with pytest.raises(ValueError, match=r"`window`=.*`density`=.*`error_bits`="):
         tx.update(jnp.ones((4, 100)), state)
 
 
