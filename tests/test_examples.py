@@ -7,21 +7,8 @@ import pytest
 
 import train_lm
 
-SMALL = [
-    "--steps",
-    "12",
-    "--batch",
-    "4",
-    "--length",
-    "32",
-    "--width",
-    "32",
-    "--depth",
-    "1",
-    "--heads",
-    "2",
-    "--quiet",
-]
+SIZES = {"steps": 12, "batch": 4, "length": 32, "width": 32, "depth": 1, "heads": 2}
+SMALL = ["--quiet", *(f"--{name}={size}" for name, size in SIZES.items())]
 
 
 def run(tmp_path, *arguments):
@@ -45,7 +32,7 @@ def test_it_trains_on_files_and_draws(optimizer, tmp_path, capsys):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_it_learns(tmp_path):
+def test_it_learns():
     """Beats the unigram model on text with structure."""
     text = np.frombuffer(b"abcdefgh" * 400, np.uint8)
     args, _ = train_lm.parse([*SMALL, "--steps", "80", "--learning-rate", "1e-2"])
