@@ -98,9 +98,10 @@ def padding_mask(blocks: int, block: int, cell: int | None) -> jax.Array | None:
 
 def pad(cells: jax.Array, blocks: int, block: int) -> jax.Array:
     """Cells ``(..., cell)`` zero-padded and cut into ``(..., blocks, block)``."""
-    missing = blocks * block - cells.shape[-1]
-    widths = [(0, 0)] * (cells.ndim - 1) + [(0, missing)]
-    return jnp.pad(cells, widths).reshape(*cells.shape[:-1], blocks, block)
+    *lead, cell = cells.shape
+    missing = jnp.zeros((*lead, blocks * block - cell), cells.dtype)
+    padded = jnp.concatenate([cells, missing], axis=-1)
+    return padded.reshape(*lead, blocks, block)
 
 
 def unpad(rows: jax.Array, cell: int) -> jax.Array:

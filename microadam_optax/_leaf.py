@@ -25,7 +25,7 @@ class Step(NamedTuple):
 class Leaf(NamedTuple):
     """A leaf's gradient, or update, and its state, in rows of blocks."""
 
-    gradient: jax.Array  # (*grid, blocks, block), or (*grid, cell) if padded
+    gradient: jax.Array  # (*grid, blocks, block)
     codes: jax.Array  # uint8 (*grid, blocks, block * bits / 8)
     ranges: jax.Array  # bfloat16 (*grid, blocks, 2)
     indices: Any  # unsigned (*grid, blocks, (window - 1) * k)
@@ -54,13 +54,10 @@ def update_blocks(leaf: Leaf, step: Step, cell: int | None, settings: Settings) 
     blocks, block = leaf.codes.shape[-2], leaf.codes.shape[-1] * 8 // bits
     k = settings.k(block)
     padding = _blocks.padding_mask(blocks, block, cell)
-    gradient = leaf.gradient
-    if cell is not None:
-        gradient = _blocks.pad(gradient, blocks, block)
     noise = functools.partial(_noise, step.key, leaf.rows, block)
 
     error = _quantize.dequantize(leaf.codes, leaf.ranges, bits)
-    accumulated = _without(padding, gradient.astype(jnp.float32) + error)
+    accumulated = _without(padding, leaf.gradient.astype(jnp.float32) + error)
     selected = _topk.largest(accumulated, k)
     newest = jnp.where(selected, lax.reduce_precision(accumulated, 8, 7), 0)
     rest = jnp.where(selected, 0, accumulated)
@@ -85,9 +82,7 @@ def update_blocks(leaf: Leaf, step: Step, cell: int | None, settings: Settings) 
         update += alpha * error
         rest = lax.reduce_precision((1 - alpha) * error, 8, 15)
         codes, ranges = _quantize.quantize(rest, bits, noise(1))
-    update = update.astype(gradient.dtype)
-    if cell is not None:
-        update = _blocks.unpad(update, cell)
+    update = update.astype(leaf.gradient.dtype)
     return Leaf(update, codes, ranges, indices, values, leaf.rows)
 
 
@@ -115,14 +110,28 @@ def update_leaf(
     axes = range(len(at.grid) + (not at.padded))
     axis, chunks = _chunks.plan(cells.shape, axes)
 
+    def pad(leaf: Leaf) -> Leaf:
+        rows = _blocks.pad(leaf.gradient, at.blocks, at.block)
+        return leaf._replace(gradient=rows)
+
+    def unpad(leaf: Leaf) -> Leaf:
+        return leaf._replace(gradient=_blocks.unpad(leaf.gradient, at.cell))
+
     def whole(leaf: Leaf, after: jax.Array) -> tuple[Leaf, jax.Array]:
-        return _chunks.write(leaf, f(leaf), starts), after
+        new = unpad(f(pad(leaf))) if at.padded else f(leaf)
+        return _chunks.write(leaf, new, starts), after
 
     def in_chunks(leaf: Leaf, after: jax.Array) -> tuple[Leaf, jax.Array]:
+        fence = functools.partial(_chunks.fence, always=step.done >= 0)
+
         def piece(leaf: Leaf) -> Leaf:
-            # The window is read and written in places that XLA sees no order between.
-            read = _chunks.fence(leaf.state._asdict(), step.done >= 0)
-            return f(leaf._replace(**read))
+            # The window is read and written in places that XLA sees no order between,
+            # and padding would otherwise be part of every loop over the block.
+            leaf = leaf._replace(**fence(leaf.state._asdict()))
+            if not at.padded:
+                return f(leaf)
+            new = f(pad(leaf))
+            return unpad(new._replace(gradient=fence(new.gradient)))
 
         return _chunks.in_chunks(piece, leaf, starts, axis, chunks, after)
 

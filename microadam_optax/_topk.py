@@ -9,7 +9,6 @@ arrays sharded along any other axis need no communication.
 """
 
 import functools
-import math
 from collections.abc import Callable
 
 import jax
@@ -121,21 +120,38 @@ def _count(keys: jax.Array, *thresholds: jax.Array) -> list[jax.Array]:
 def _fold(
     keys: jax.Array, each: Callable, combine: Callable, reduce: Callable
 ) -> jax.Array:
-    """``reduce(each(keys))`` over the last axis, kept with size 1.
+    """``reduce(each(keys))`` over the last axis, a multiple of 8, kept with size 1.
 
-    Eighths of the row are combined elementwise first, which vectorizes best.
+    Pieces of whole CPU vectors are combined elementwise first: eighths of as much of
+    the row as divides by 64, and eights of the rest.
     """
-    parts = math.gcd(keys.shape[-1], 8)
-    pieces = [each(part) for part in jnp.split(keys, parts, axis=-1)]
-    return reduce(functools.reduce(combine, pieces), axis=-1, keepdims=True)
+    cut = keys.shape[-1] // 64 * 64
+    totals = []
+    for part, pieces in ((keys[..., :cut], 8), (keys[..., cut:], -1)):
+        if part.shape[-1]:
+            number = pieces if pieces > 0 else part.shape[-1] // 8
+            split = [each(piece) for piece in jnp.split(part, number, axis=-1)]
+            total = functools.reduce(combine, split)
+            totals.append(reduce(total, axis=-1, keepdims=True))
+    return functools.reduce(combine, totals)
 
 
 def _pack_words(mask: jax.Array) -> jax.Array:
     """bool ``(..., b)`` to uint32 ``(..., ceil(b / 32))``, element 0 in bit 0."""
-    padding = -mask.shape[-1] % _WORD
-    mask = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, padding)])
-    bits = mask.astype(jnp.uint32).reshape(*mask.shape[:-1], -1, _WORD)
-    while (half := bits.shape[-1] // 2) > 1:
-        bits = bits[..., :half] | (bits[..., half:] << half)
-    # A reduction, not another `|`: XLA does not repeat it for every reader.
-    return jnp.sum(bits << jnp.arange(2, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
+    cut = mask.shape[-1] // _WORD * _WORD
+    bits = mask.astype(jnp.uint32)
+    words = []
+    if cut:
+        whole = bits[..., :cut].reshape(*bits.shape[:-1], -1, _WORD)
+        while (half := whole.shape[-1] // 2) > 1:
+            whole = whole[..., :half] | (whole[..., half:] << half)
+        words.append(_one_word(whole))
+    if cut < mask.shape[-1]:
+        words.append(_one_word(bits[..., None, cut:]))
+    return jnp.concatenate(words, axis=-1)
+
+
+def _one_word(bits: jax.Array) -> jax.Array:
+    """The last axis as one number. A reduction: XLA does not repeat it for readers."""
+    shifts = jnp.arange(bits.shape[-1], dtype=jnp.uint32)
+    return jnp.sum(bits << shifts, axis=-1, dtype=jnp.uint32)
