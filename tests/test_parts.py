@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from jax import lax
 
+import oracle
 from microadam_optax import (
     _blocks,
     _chunks,
@@ -115,6 +116,20 @@ def test_quantizing_errs_by_half_a_step(bits, numbers, scale):
     largest = max(abs(low), abs(high))
     bound = step / 2 + 2.0**-8 * largest + (high - low) * 2.0**-16 + largest * 2.0**-22
     assert np.all(np.abs(back - x) <= bound + np.finfo(np.float32).tiny)
+
+
+@given(BITS, st.integers(0, 2**32 - 1))
+def test_decoding_rounds_once(bits, seed):
+    """With a step of 16 significant bits the product is exact, and the sum rounded."""
+    rng = np.random.default_rng(seed)
+    ranges = np.sort(rng.normal(size=(3, 2)) * 10.0 ** rng.integers(-6, 6), axis=-1)
+    ranges = jnp.asarray(ranges, jnp.bfloat16)
+    codes = rng.integers(0, 2**bits, (3, 16))
+    packed = _quantize.pack(jnp.asarray(codes, jnp.uint8), bits)
+    got = jax.jit(_quantize.dequantize, static_argnums=2)(packed, ranges, bits)
+    for row, (low, high) in enumerate(np.asarray(ranges, np.float64)):
+        step = oracle.step_size(low, high, bits)
+        np.testing.assert_array_equal(got[row], np.float32(codes[row] * step + low))
 
 
 @given(BITS, st.floats(-100, 100, width=32))
