@@ -67,7 +67,7 @@ COMMON = plain("optax.contrib._common_test")
 ALIAS = plain("optax._src.alias_test")
 
 
-def tests_in(case: type) -> set[str]:
+def names_in(case: type) -> set[str]:
     return {name for name in vars(case) if name.startswith("test_")}
 
 
@@ -99,7 +99,7 @@ TARGETS = [name for name in vars(COMMON) if name.startswith("_setup_")]
 
 def test_optax_has_no_test_that_is_not_run_here():
     assert len(TARGETS) == 4
-    assert tests_in(COMMON.ContribTest) == {
+    assert names_in(COMMON.ContribTest) == {
         "test_optimizers_accept_extra_args",
         "test_optimizers",
         "test_optimizers_can_be_wrapped_in_inject_hyperparams",
@@ -108,7 +108,7 @@ def test_optax_has_no_test_that_is_not_run_here():
         "test_state_shape_dtype_shard_stability",
         "test_optimizers_accept_learning_rate_schedule_if_type_annotated_as_such",
     }
-    assert tests_in(ALIAS.AliasTest) == {
+    assert names_in(ALIAS.AliasTest) == {
         "test_optimization",
         "test_optimizers_accept_extra_args",
         "test_optimizers_can_be_wrapped_in_inject_hyperparams",
