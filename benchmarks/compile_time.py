@@ -17,6 +17,7 @@ CASES = {
     "16 equal leaves": [(1024, 1024)] * 16,
     "64 equal leaves": [(1024, 1024)] * 64,
     "16 distinct leaves": [(1024, 64 * n) for n in range(1, 17)],
+    "64 distinct leaves": [(64 * (n // 8 + 1), 128 * (n % 8 + 1)) for n in range(64)],
 }
 
 

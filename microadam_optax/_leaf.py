@@ -16,6 +16,7 @@ class Step(NamedTuple):
     """The scalars that all blocks of a leaf share at one step."""
 
     done: jax.Array  # int32, steps before this one
+    now: jax.Array  # int32, the number of this one: done + 1, or done at int32's end
     b1: jax.Array  # float32, like b2 and eps
     b2: jax.Array
     eps: jax.Array
@@ -74,8 +75,8 @@ def update_blocks(leaf: Leaf, step: Step, cell: int | None, settings: Settings) 
         )
         indices = indices.astype(leaf.indices.dtype)
         values = values.astype(leaf.values.dtype)
-    mu *= _moments.debias(step.b1, step.done + 1)
-    nu *= _moments.debias(step.b2, step.done + 1)
+    mu *= _moments.debias(step.b1, step.now)
+    nu *= _moments.debias(step.b2, step.now)
     update = mu / (jnp.sqrt(nu) + step.eps)
     if alpha:
         error = _without(padding, _quantize.dequantize(codes, ranges, bits))

@@ -126,7 +126,9 @@ def scale_by_microadam(
             _checks.check_leaf("Gradients", path, gradient)
             layouts.append(_checks.check_state(path, jnp.shape(gradient), old, settings))
         float32 = functools.partial(jnp.asarray, dtype=jnp.float32)
-        step = _leaf.Step(state.count, float32(b1), float32(b2), float32(eps), None)
+        count = optax.safe_increment(state.count)
+        decays = float32(b1), float32(b2)
+        step = _leaf.Step(state.count, count, *decays, float32(eps), None)
         if state.key is not None:
             key = jax.random.wrap_key_data(state.key)
             step = step._replace(key=jax.random.fold_in(key, state.count))
@@ -138,7 +140,6 @@ def scale_by_microadam(
             own = _leaf.for_leaf(step, number)
             leaf, after = _leaf.update_leaf(leaf, own, after, at=at, settings=settings)
             new.append(leaf)
-        count = optax.safe_increment(state.count)
         new_states = [leaf.state for leaf in new]
         new_state = _pack(count, new_states, tree, settings, state.key)
         return tree.unflatten(leaf.gradient for leaf in new), new_state

@@ -231,3 +231,13 @@ def test_every_public_name_is_documented():
     for name in dir(microadam_optax):
         if not name.startswith("_") and name != "STATIC_ARGS":
             assert getattr(microadam_optax, name).__doc__, name
+
+
+def test_the_count_ends_as_optax_s_does():
+    tx, gradient = scale_by_microadam(window=3, density=0.5), noise(jnp.ones(64))
+    last = jnp.int32(2**31 - 1)
+    updates, state = tx.update(gradient, tx.init(gradient)._replace(count=last))
+    assert state.count == last
+    # So late in training the bias correction is 1: the newest entry alone counts.
+    moved = np.asarray(updates)[np.asarray(updates) != 0]
+    np.testing.assert_allclose(np.abs(moved), 0.1 / 0.001**0.5, rtol=1e-4)
