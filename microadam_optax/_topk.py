@@ -5,7 +5,8 @@ the order of the magnitudes (NaN above infinity), and equal bits are ties, which
 go to the lowest index. That is exactly the set that ``jax.lax.top_k`` picks.
 
 Only the last axis is reduced, by elementwise operations and plain reductions, so
-arrays sharded along any other axis need no communication.
+arrays sharded along any other axis need no communication. The exception is
+`positions` in rows of `LARGE` and more, which XLA gathers for ``lax.top_k``.
 """
 
 import functools
