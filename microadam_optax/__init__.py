@@ -1,8 +1,11 @@
 """MicroAdam for JAX: Adam in less than a byte of optimizer state a parameter."""
 
+from microadam_optax._checkpoint import check_checkpoint as check_checkpoint
 from microadam_optax._checks import STATIC_ARGS as STATIC_ARGS
 from microadam_optax._microadam import microadam as microadam
 from microadam_optax._microadam import scale_by_microadam as scale_by_microadam
+from microadam_optax._sharding import shard_grid as shard_grid
+from microadam_optax._sharding import state_shardings as state_shardings
 from microadam_optax._state import MicroAdamState as MicroAdamState
 
 __version__ = "0.1.0"

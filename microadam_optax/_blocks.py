@@ -45,8 +45,12 @@ def layout(
     grid = default_grid(shape, block_size, shards) if grid is None else grid
     cell = Layout(shape, grid, 0, 0).cell
     blocks = max(1, -(-cell // block_size))
-    block = min(-(-max(1, -(-cell // blocks)) // 8) * 8, block_size)
-    return Layout(shape, grid, blocks, block)
+    return Layout(shape, grid, blocks, block_of(cell, blocks))
+
+
+def block_of(cell: int, blocks: int) -> int:
+    """Elements in each of the equal blocks that a cell is cut into, a multiple of 8."""
+    return -(-max(1, -(-cell // blocks)) // 8) * 8
 
 
 def default_grid(shape: tuple[int, ...], block_size: int, shards: int) -> tuple[int, ...]:

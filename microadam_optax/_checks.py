@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
-from microadam_optax._blocks import Layout
-from microadam_optax._state import LeafState, Settings, layout_of, shapes
+from microadam_optax._blocks import Layout, layout
+from microadam_optax._state import Form, LeafState, Settings, form_of
 
 STATIC_ARGS = (
     "window",
@@ -94,6 +95,20 @@ def check_grid(path: Any, shape: tuple[int, ...], grid: Any) -> tuple[int, ...] 
     return tuple(int(n) for n in grid)
 
 
+def check_sharding(path: Any, sharding: Any) -> Sharding:
+    """A parameter's sharding; an error if it is none."""
+    if sharding is None:
+        raise ValueError(
+            f"`shardings` has none for {name(path)}, nor has the parameter itself."
+        )
+    if not isinstance(sharding, Sharding):
+        raise TypeError(
+            f"`shardings` of {name(path)} must be a jax.sharding.Sharding, or a "
+            f"PartitionSpec under jax.set_mesh, got {sharding!r}."
+        )
+    return sharding
+
+
 def check_structure(updates: Any, state_tree: Any) -> None:
     """Raises ValueError if the gradients are not a tree like the state's."""
     structures: list[Any] = [jax.tree.structure(x) for x in (updates, state_tree)]
@@ -118,19 +133,48 @@ def check_structure(updates: Any, state_tree: Any) -> None:
 
 
 def check_state(
-    path: Any, shape: tuple[int, ...], state: LeafState, settings: Settings
+    path: Any,
+    shape: tuple[int, ...],
+    state: LeafState,
+    ages: Any,
+    settings: Settings,
 ) -> Layout:
     """The layout of a leaf's state; ValueError if it is not the state of such a leaf."""
-    at = layout_of(shape, state, settings.bits)
+    window = 1 if ages is None else ages.size + 1
     found = LeafState(*(None if x is None else x.shape for x in state))
-    if at is None or found != shapes(at, settings):
+    made = form_of(shape, found, window)
+    if made is None:
         raise ValueError(
-            f"The optimizer state of {name(path)} does not fit a gradient of shape "
-            f"{shape} with `window`={settings.window}, `density`={settings.density} "
-            f"and `error_bits`={settings.bits}; it must have been made for the same "
-            f"parameters and arguments, but its arrays have the shapes {found}."
+            f"The optimizer state of {name(path)} is not that of a gradient of shape "
+            f"{shape}; its arrays have the shapes {found}."
         )
+    at = layout(shape, settings.block_size, grid=made.grid)
+    k = settings.k(at.block) if settings.window > 1 else None
+    check_form(path, made, Form(settings.window, settings.bits, at.block, k, at.grid))
     return at
+
+
+def check_form(path: Any, made: Form, asked: Form) -> None:
+    """Raises ValueError that names what differs, as it was made and as it is asked."""
+    words = {
+        "window": "`window` {}",
+        "bits": "`error_bits` {}",
+        "block": "blocks of {} elements (`block_size`)",
+        "k": "{} entries selected in a block (`density`)",
+        "grid": "grid {} (`shards` or `grid`)",
+    }
+    differ = [x for x in Form._fields if getattr(made, x) != getattr(asked, x)]
+    if len(differ) > 1 and None in (made.k, asked.k):
+        differ = [x for x in differ if x != "k"]  # a window of 1 does not tell
+    if differ:
+        then, now = (
+            " and ".join(words[x].format(getattr(form, x)) for x in differ)
+            for form in (made, asked)
+        )
+        raise ValueError(
+            f"The optimizer state of {name(path)} was made with {then}, but this "
+            f"transformation has {now}."
+        )
 
 
 def name(path: Any) -> str:

@@ -8,15 +8,23 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from microadam_optax import _blocks, _chunks, _moments, _quantize, _topk, _window
+from microadam_optax import (
+    _blocks,
+    _chunks,
+    _moments,
+    _quantize,
+    _specs,
+    _topk,
+    _window,
+)
 from microadam_optax._state import LeafState, Settings
 
 
 class Step(NamedTuple):
     """The scalars that all blocks of a leaf share at one step."""
 
-    done: jax.Array  # int32, steps before this one
-    now: jax.Array  # int32, the number of this one: done + 1, or done at int32's end
+    count: jax.Array  # type: ignore[assignment]  # int32, 1 at the first step
+    ages: Any  # int32 (window - 1,), None at window 1
     b1: jax.Array  # float32, like b2 and eps
     b2: jax.Array
     eps: jax.Array
@@ -51,7 +59,7 @@ def update_blocks(leaf: Leaf, step: Step, cell: int | None, settings: Settings) 
       The update in the gradient's place and dtype, new codes and ranges, and the
       ``k`` new entries of each row (not the whole window) as indices and values.
     """
-    window, _, bits, alpha = settings
+    window, _, _, bits, alpha = settings
     blocks, block = leaf.codes.shape[-2], leaf.codes.shape[-1] * 8 // bits
     k = settings.k(block)
     padding = _blocks.padding_mask(blocks, block, cell)
@@ -69,14 +77,13 @@ def update_blocks(leaf: Leaf, step: Step, cell: int | None, settings: Settings) 
     else:
         indices = _topk.positions(selected, k)
         values = jnp.take_along_axis(newest, indices, -1, mode="promise_in_bounds")
-        ages = _window.ages(step.done, window - 1)
         mu, nu = _moments.moments(
-            newest, leaf.indices, leaf.values, ages, step.b1, step.b2
+            newest, leaf.indices, leaf.values, step.ages, step.b1, step.b2
         )
         indices = indices.astype(leaf.indices.dtype)
         values = values.astype(leaf.values.dtype)
-    mu *= _moments.debias(step.b1, step.now)
-    nu *= _moments.debias(step.b2, step.now)
+    mu *= _moments.debias(step.b1, step.count)
+    nu *= _moments.debias(step.b2, step.count)
     update = mu / (jnp.sqrt(nu) + step.eps)
     if alpha:
         error = _without(padding, _quantize.dequantize(codes, ranges, bits))
@@ -96,6 +103,20 @@ def update_leaf(
     Jitted by itself, so that leaves of equal shapes are traced once. `after` is what
     the update of another leaf returned beside it, see `_chunks.in_chunks`.
     """
+    update = functools.partial(_update_leaf, at=at, settings=settings)
+    if not _specs.in_types(leaf.codes):
+        return update(leaf, step, after)
+    own = jax.typeof(leaf.gradient).sharding
+    cells = _specs.of_cells(leaf.codes, len(at.grid))
+    leaf = leaf._replace(gradient=jax.sharding.reshard(leaf.gradient, cells))
+    types = jax.tree.map(lambda x: jax.typeof(x).sharding, (leaf, after))
+    leaf, after = jax.sharding.auto_axes(update, out_sharding=types)(leaf, step, after)
+    return leaf._replace(gradient=jax.sharding.reshard(leaf.gradient, own)), after
+
+
+def _update_leaf(
+    leaf: Leaf, step: Step, after: jax.Array, at: _blocks.Layout, settings: Settings
+) -> tuple[Leaf, jax.Array]:
     cells = _blocks.split(leaf.gradient, at)
     if not at.padded:
         cells = cells.reshape(*at.grid, at.blocks, at.block)
@@ -107,7 +128,7 @@ def update_leaf(
 
     cell = at.cell if at.padded else None
     f = functools.partial(update_blocks, step=step, cell=cell, settings=settings)
-    starts = _starts(leaf, step.done, settings.window)
+    starts = _starts(leaf, step.ages)
     axes = range(len(at.grid) + (not at.padded))
     axis, chunks = _chunks.plan(cells.shape, axes)
 
@@ -123,7 +144,7 @@ def update_leaf(
         return _chunks.write(leaf, new, starts), after
 
     def in_chunks(leaf: Leaf, after: jax.Array) -> tuple[Leaf, jax.Array]:
-        fence = functools.partial(_chunks.fence, always=step.done >= 0)
+        fence = functools.partial(_chunks.fence, always=step.count >= 0)
 
         def piece(leaf: Leaf) -> Leaf:
             # The window is read and written in places that XLA sees no order between,
@@ -153,13 +174,12 @@ def for_leaf(step: Step, number: int) -> Step:
     return step._replace(key=jax.random.fold_in(step.key, number))
 
 
-def _starts(leaf: Leaf, count: jax.Array, window: int) -> Leaf:
+def _starts(leaf: Leaf, ages: jax.Array | None) -> Leaf:
     """Where on the last axis the results of `update_blocks` go."""
     starts: Any = jax.tree.map(lambda _: 0, leaf)
-    if leaf.indices is None:
+    if ages is None:
         return starts
-    slots = window - 1
-    slot = _window.start(count, slots, leaf.indices.shape[-1] // slots)
+    slot = _window.start(ages, leaf.indices.shape[-1] // ages.size)
     return starts._replace(indices=slot, values=slot)
 
 

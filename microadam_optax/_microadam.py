@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from microadam_optax import _blocks, _checks, _leaf
+from microadam_optax import _blocks, _checks, _leaf, _specs, _window
 from microadam_optax import _state as _states
 from microadam_optax._state import MicroAdamState
 
@@ -96,7 +96,7 @@ def scale_by_microadam(
         seed=seed,
         implementation=implementation,
     )
-    settings = _states.Settings(window, density, error_bits, alpha)
+    settings = _states.Settings(window, density, block_size, error_bits, alpha)
 
     def init_fn(params: optax.Params) -> MicroAdamState:
         leaves, tree = _flatten(params)
@@ -109,8 +109,12 @@ def scale_by_microadam(
             cut = _checks.check_grid(path, jnp.shape(leaf), cut)
             layouts.append(_blocks.layout(jnp.shape(leaf), block_size, shards, cut))
         key = jax.random.key_data(jax.random.key(seed)) if stochastic_rounding else None
-        states = [_states.zeros(at, settings) for at in layouts]
-        return _pack(jnp.zeros([], jnp.int32), states, tree, settings, key)
+        states = [
+            _states.zeros(at, settings, _specs.of(leaf))
+            for (_, leaf), at in zip(leaves, layouts, strict=True)
+        ]
+        ages = _window.first(window - 1) if window > 1 else None
+        return _pack(jnp.zeros([], jnp.int32), ages, states, tree, key)
 
     def update_fn(
         updates: optax.Updates,
@@ -124,11 +128,12 @@ def scale_by_microadam(
         layouts = []
         for (path, gradient), old in zip(leaves, states, strict=True):
             _checks.check_leaf("Gradients", path, gradient)
-            layouts.append(_checks.check_state(path, jnp.shape(gradient), old, settings))
+            shape = jnp.shape(gradient)
+            layouts.append(_checks.check_state(path, shape, old, state.ages, settings))
         float32 = functools.partial(jnp.asarray, dtype=jnp.float32)
         count = optax.safe_increment(state.count)
         decays = float32(b1), float32(b2)
-        step = _leaf.Step(state.count, count, *decays, float32(eps), None)
+        step = _leaf.Step(count, state.ages, *decays, float32(eps), None)
         if state.key is not None:
             key = jax.random.wrap_key_data(state.key)
             step = step._replace(key=jax.random.fold_in(key, state.count))
@@ -140,8 +145,9 @@ def scale_by_microadam(
             own = _leaf.for_leaf(step, number)
             leaf, after = _leaf.update_leaf(leaf, own, after, at=at, settings=settings)
             new.append(leaf)
+        ages = None if state.ages is None else _window.older(state.ages)
         new_states = [leaf.state for leaf in new]
-        new_state = _pack(count, new_states, tree, settings, state.key)
+        new_state = _pack(count, ages, new_states, tree, state.key)
         return tree.unflatten(leaf.gradient for leaf in new), new_state
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -252,15 +258,16 @@ def _flatten(tree: Any) -> tuple[list[tuple[Any, Any]], Any]:
     return jax.tree_util.tree_flatten_with_path(tree)
 
 
-def _pack(count, states, tree, settings, key) -> MicroAdamState:
+def _pack(count, ages, states, tree, key) -> MicroAdamState:
     """States of the leaves as one, each field a tree like the parameters."""
 
     def field(name: str) -> Any:
         return tree.unflatten(getattr(state, name) for state in states)
 
-    kept = settings.window > 1
+    kept = ages is not None
     return MicroAdamState(
         count=count,
+        ages=ages,
         codes=field("codes"),
         ranges=field("ranges"),
         indices=field("indices") if kept else None,

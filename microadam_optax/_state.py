@@ -5,18 +5,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from microadam_optax._blocks import Layout
+from microadam_optax import _specs
+from microadam_optax._blocks import Layout, block_of
 
 
 class MicroAdamState(NamedTuple):
     """State of `scale_by_microadam`.
 
-    Every field but `count` and `key` is a tree like the parameters. The arrays of
+    Every field but `count`, `ages` and `key` is a tree like the parameters. The arrays of
     a leaf lead with its grid, so its PartitionSpec is valid for each of them.
 
     Attributes:
       count: int32 scalar, steps done.
+      ages: int32 ``(window - 1,)``, steps since each slot of the window was written.
+        None at window 1.
       codes: uint8 ``(*grid, blocks, block * error_bits / 8)``, the error feedback.
       ranges: bfloat16 ``(*grid, blocks, 2)``, low and high end of a block's codes.
       indices: uint8, or uint16 where blocks are larger than 256,
@@ -27,6 +31,7 @@ class MicroAdamState(NamedTuple):
     """
 
     count: jax.Array  # type: ignore[assignment]  # a tuple has a method of that name
+    ages: jax.Array | None
     codes: Any
     ranges: Any
     indices: Any
@@ -39,6 +44,7 @@ class Settings(NamedTuple):
 
     window: int
     density: float
+    block_size: int
     bits: int  # of an error code
     alpha: float
 
@@ -67,29 +73,50 @@ def shapes(at: Layout, settings: Settings) -> LeafState:
     return LeafState((*lead, width), (*lead, 2), entries, entries)
 
 
-def zeros(at: Layout, settings: Settings) -> LeafState:
-    """The state of a leaf before the first step."""
+def zeros(at: Layout, settings: Settings, sharding: Any = None) -> LeafState:
+    """The state of a leaf before the first step, sharded like the leaf."""
     of = shapes(at, settings)
-    codes = jnp.zeros(of.codes, jnp.uint8)
-    ranges = jnp.zeros(of.ranges, jnp.bfloat16)
+
+    def array(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        device = None if sharding is None else _specs.follow(sharding, shape)
+        return jnp.zeros(shape, dtype, device=device)
+
+    codes, ranges = array(of.codes, jnp.uint8), array(of.ranges, jnp.bfloat16)
     if of.indices is None:
         return LeafState(codes, ranges, None, None)
     # The entries are zeros, but no position may stand twice in a slot.
-    slot = jnp.arange(settings.k(at.block), dtype=index_dtype(at.block))
-    indices = jnp.broadcast_to(jnp.tile(slot, settings.window - 1), of.indices)
-    return LeafState(codes, ranges, indices, jnp.zeros(of.values, jnp.bfloat16))
+    dtype = index_dtype(at.block)
+    slots = np.tile(np.arange(settings.k(at.block), dtype=dtype), settings.window - 1)
+    indices = array(of.indices, dtype) + slots
+    return LeafState(codes, ranges, indices, array(of.values, jnp.bfloat16))
 
 
-def layout_of(shape: tuple[int, ...], state: LeafState, bits: int) -> Layout | None:
-    """The layout of a leaf, read from its state; None if the two do not fit."""
-    *grid, blocks, width = state.codes.shape
-    at = Layout(shape, tuple(grid), blocks, width * 8 // bits)
-    if len(grid) != len(shape):
+class Form(NamedTuple):
+    """What the shapes of a leaf's state tell of how it was made."""
+
+    window: int
+    bits: int
+    block: int  # elements in a block, at most `block_size`
+    k: int | None  # entries selected in a block; None at window 1
+    grid: tuple[int, ...]
+
+
+def form_of(shape: tuple[int, ...], state: LeafState, window: int) -> Form | None:
+    """The form of a state given as shapes; None if it is not that of such a leaf."""
+    *grid, blocks, width = state.codes
+    divides = all(n and size % n == 0 for size, n in zip(shape, grid, strict=False))
+    if len(grid) != len(shape) or not divides or not blocks:
         return None
-    if any(n < 1 or size % n for size, n in zip(shape, grid, strict=True)):
-        return None
-    covered = (blocks - 1) * at.block < max(1, at.cell) <= blocks * at.block
-    return at if covered else None
+    block = block_of(Layout(shape, tuple(grid), blocks, 0).cell, blocks)
+    bits, rest = divmod(width * 8, block)
+    k = None
+    if window > 1:
+        k, no_k = divmod(state.indices[-1], window - 1)
+        rest += no_k
+    form = Form(window, bits, block, k, tuple(grid))
+    settings = Settings(window, (k or 1) / block, 0, bits, 0.0)
+    at = Layout(shape, form.grid, blocks, block)
+    return form if not rest and state == shapes(at, settings) else None
 
 
 def index_dtype(block: int) -> Any:

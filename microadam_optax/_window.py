@@ -3,26 +3,28 @@
 A row holds its slots one after another, ``(window - 1) * k`` entries. The newest
 gradient is not among them until its step is over: the slot that a step will
 overwrite is never read by it, so one slot fewer is stored.
+
+The ages of the slots, a permutation of 1 to ``window - 1``, are kept in the state,
+so its shapes alone tell its window.
 """
 
 import jax
 import jax.numpy as jnp
 
 
-def start(count: jax.Array, slots: int, k: int) -> jax.Array:
-    """Where the entries of a step go in a row: the oldest slot, int32 scalar.
-
-    Args:
-      count: int32, steps done before this one.
-      slots: ``window - 1``.
-      k: entries in a slot.
-    """
-    return (count % slots) * k
-
-
-def ages(count: jax.Array, slots: int) -> jax.Array:
-    """Steps since each slot was written, int32 ``(slots,)``: 1 for the newest.
+def first(slots: int) -> jax.Array:
+    """The ages before the first step, int32 ``(slots,)``: slot 0 is the oldest.
 
     Slots not yet written hold zeros; their age is meaningless and harmless.
     """
-    return (count - 1 - jnp.arange(slots, dtype=jnp.int32)) % slots + 1
+    return jnp.arange(slots, 0, -1, dtype=jnp.int32)
+
+
+def older(ages: jax.Array) -> jax.Array:
+    """The ages one step later: the oldest slot has been written and is the newest."""
+    return ages % ages.size + 1
+
+
+def start(ages: jax.Array, k: int) -> jax.Array:
+    """Where the ``k`` entries of a step go in a row: the oldest slot, int32 scalar."""
+    return jnp.argmax(ages).astype(jnp.int32) * k

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from microadam_optax import microadam, scale_by_microadam
+from microadam_optax import check_checkpoint, microadam, scale_by_microadam
 
 OUT_OF_RANGE = [
     ("window", 0),
@@ -96,7 +96,10 @@ def test_a_leaf_that_is_no_array():
         ({"a": 3}, r"there is no gradient for \['b'\]"),
         ({"a": 3, "b": 3, "c": 3}, r"the state knows no \['c'\]"),
         ([3, 3], r"there is no gradient for \['a'\]"),
-        ({"a": 4, "b": 40}, r"state of \['b'\] does not fit a gradient of shape \(40,\)"),
+        (
+            {"a": 4, "b": 40},
+            r"\['b'\] is not that of a gradient of shape \(40,\)",
+        ),
     ],
 )
 def test_gradients_that_do_not_match(gradients, message):
@@ -109,15 +112,52 @@ def test_gradients_that_do_not_match(gradients, message):
     chex.assert_trees_all_equal(state, before)
 
 
-@pytest.mark.parametrize(
-    "other",
-    [{"window": 3}, {"window": 1}, {"density": 0.5}, {"error_bits": 8}],
-)
-def test_state_of_other_arguments(other):
-    state = scale_by_microadam(window=5, density=0.1).init(jnp.ones((4, 100)))
-    tx = scale_by_microadam(**{"window": 5, "density": 0.1, **other})
-    with pytest.raises(ValueError, match=r"`window`=.*`density`=.*`error_bits`="):
-        tx.update(jnp.ones((4, 100)), state)
+# What differs from window 5, density 0.1, 4 bits and blocks of 256, and what is said.
+OTHERS = [
+    ({"window": 3}, "`window` 3, .* `window` 5"),
+    ({"window": 1}, "`window` 1, .* `window` 5"),
+    ({"density": 0.5}, "128 entries selected .* 26 entries selected"),
+    ({"error_bits": 8}, "`error_bits` 8, .* `error_bits` 4"),
+    ({"error_bits": 2}, "`error_bits` 2, .* `error_bits` 4"),
+    ({"block_size": 128}, "blocks of 128 elements .* blocks of 256 elements"),
+    # as many bytes in each array: 2 * 52 entries, and 4 * 26
+    ({"window": 3, "density": 0.2}, "`window` 3 and 52 entries .* `window` 5 and 26"),
+    (
+        {"window": 3, "block_size": 128, "error_bits": 8},
+        "`window` 3 and `error_bits` 8 and blocks of 128 .* `window` 5 and",
+    ),
+]
+
+
+@pytest.mark.parametrize(("other", "message"), OTHERS)
+def test_state_of_other_arguments(other, message):
+    """Both values are named, at the update and before a checkpoint is restored."""
+    usual = {"window": 5, "density": 0.1}
+    tree = {"w": jnp.ones((4, 512)), "z": jnp.ones(5)}
+    tx, before = (scale_by_microadam(**usual), scale_by_microadam(**(usual | other)))
+    with pytest.raises(ValueError, match=rf"of \['w'\] was made with {message}"):
+        tx.update(tree, before.init(tree))
+    chains = (optax.chain(optax.trace(0.9), each) for each in (before, tx))
+    saved, chain = jax.eval_shape(next(chains).init, tree), next(chains)
+    with pytest.raises(ValueError, match=rf"of \['w'\] was made with {message}"):
+        check_checkpoint(saved, chain, tree)
+    check_checkpoint(jax.eval_shape(chain.init, tree), chain, tree)
+
+
+def test_checkpoints_of_other_grids_chains_and_trees():
+    tree = {"w": jnp.ones((4, 512)), "z": jnp.ones(5)}
+    tx, other = scale_by_microadam(), scale_by_microadam(shards=4)
+    with pytest.raises(ValueError, match=r"grid \(4, 4\) .* grid \(4, 8\)"):
+        check_checkpoint(jax.eval_shape(other.init, tree), tx, tree)
+    saved = jax.eval_shape(tx.init, tree)
+    with pytest.raises(ValueError, match=r"nothing at 0/.*shape"):
+        check_checkpoint(saved, optax.chain(tx), tree)
+    with pytest.raises(ValueError, match="nothing at codes/c"):
+        check_checkpoint(saved, tx, {**tree, "c": jnp.ones(3)})
+    with pytest.raises(ValueError, match=r"array at codes/z, .* has none"):
+        check_checkpoint(saved, tx, {"w": tree["w"]})
+    with pytest.raises(ValueError, match=r"\(1, 1, 4\) at codes/z, .* \(8, 1, 64\)"):
+        check_checkpoint(saved, tx, {"w": tree["w"], "z": jnp.ones(1024)})
 
 
 def test_a_gradient_of_another_rank():

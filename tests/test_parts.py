@@ -206,12 +206,13 @@ def test_strategies_find_the_same_threshold(k):
 def test_the_window_holds_the_last_writes(slots, steps):
     """Slots and ages: each slot's age says when it was written."""
     written = [None] * slots
+    ages = _window.first(slots)
     for count in range(steps):
-        ages = _window.ages(jnp.int32(count), slots)
         for slot, when in enumerate(written):
             if when is not None:
                 assert int(ages[slot]) == count - when
-        written[int(_window.start(jnp.int32(count), slots, 1))] = count
+        written[int(_window.start(ages, 3)) // 3] = count
+        ages = _window.older(ages)
     assert sorted(w for w in written if w is not None) == list(
         range(max(0, steps - slots), steps)
     )

@@ -123,6 +123,7 @@ def test_map_params(settings):
     fields = laid[0]._asdict()
     assert fields.pop("count") is None
     assert fields.pop("key") is None
+    assert fields.pop("ages") is None
     absent = {"indices", "values"} if settings == "window1" else set()
     for name, field in fields.items():
         assert field == (None if name in absent else specs)

@@ -1,0 +1,54 @@
+"""What a leaf's sharding means for its state: the same, less what does not divide."""
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+
+def fit(spec: PartitionSpec, mesh: Any, shape: tuple[int, ...]) -> PartitionSpec:
+    """The spec without the mesh axes that do not divide an array of that shape.
+
+    Of several mesh axes on one array axis the first ones stay.
+    """
+    sizes = dict(mesh.shape)
+    fitted = []
+    for size, names in zip(shape, spec, strict=False):
+        kept: list[Any] = []
+        if names is not None and names is not PartitionSpec.UNCONSTRAINED:
+            for axis in names if isinstance(names, tuple) else (names,):
+                if size % math.prod(sizes[other] for other in (*kept, axis)):
+                    break
+                kept.append(axis)
+        fitted.append(kept[0] if len(kept) == 1 else tuple(kept) or None)
+    return PartitionSpec(*fitted)
+
+
+def follow(sharding: Sharding, shape: tuple[int, ...]) -> Sharding:
+    """The sharding of an array of the state that leads with a leaf's axes."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    spec = fit(sharding.spec, sharding.mesh, shape)
+    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+
+
+def of(leaf: Any) -> Sharding | None:
+    """The sharding of a leaf as far as it is known and asked for, else None."""
+    if isinstance(leaf, jax.core.Tracer):
+        here = jax.sharding.get_abstract_mesh()
+        return jax.typeof(leaf).sharding if here.explicit_axes else None
+    if isinstance(leaf, jax.Array) and not leaf.committed:
+        return None
+    return getattr(leaf, "sharding", None)
+
+
+def in_types(x: jax.Array) -> bool:
+    """Whether the type of an array tells its sharding: it is on an explicit mesh."""
+    return bool(jax.typeof(x).sharding.mesh.explicit_axes)
+
+
+def of_cells(array: jax.Array, rank: int) -> NamedSharding:
+    """The sharding of a leaf whose grid is sharded like an array of its state."""
+    sharding = jax.typeof(array).sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:rank]))
