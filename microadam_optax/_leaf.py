@@ -87,7 +87,7 @@ def update_blocks(leaf: Leaf, step: Step, cell: int | None, settings: Settings) 
     update = mu / (jnp.sqrt(nu) + step.eps)
     if alpha:
         error = _without(padding, _quantize.dequantize(codes, ranges, bits))
-        update += alpha * error
+        update += _moments.rounded(alpha * error)
         rest = lax.reduce_precision((1 - alpha) * error, 8, 15)
         codes, ranges = _quantize.quantize(rest, bits, noise(1))
     update = update.astype(leaf.gradient.dtype)
@@ -106,12 +106,17 @@ def update_leaf(
     update = functools.partial(_update_leaf, at=at, settings=settings)
     if not _specs.in_types(leaf.codes):
         return update(leaf, step, after)
+    # On an explicit mesh: the types say where each array is, XLA does the rest.
     own = jax.typeof(leaf.gradient).sharding
     cells = _specs.of_cells(leaf.codes, len(at.grid))
     leaf = leaf._replace(gradient=jax.sharding.reshard(leaf.gradient, cells))
-    types = jax.tree.map(lambda x: jax.typeof(x).sharding, (leaf, after))
-    leaf, after = jax.sharding.auto_axes(update, out_sharding=types)(leaf, step, after)
-    return leaf._replace(gradient=jax.sharding.reshard(leaf.gradient, own)), after
+    types = jax.tree.map(lambda x: jax.typeof(x).sharding, leaf)
+    replicated = jax.sharding.NamedSharding(cells.mesh, jax.P())
+    update = jax.sharding.auto_axes(update, out_sharding=(types, replicated))
+    leaf, after = update(leaf, step, after)
+    if not own.mesh.empty:
+        leaf = leaf._replace(gradient=jax.sharding.reshard(leaf.gradient, own))
+    return leaf, after
 
 
 def _update_leaf(

@@ -28,6 +28,7 @@ def moments(
 
     Returns:
       ``sum b1**age * value`` and ``sum b2**age * value**2``, float32 ``(..., b)``.
+      A product is rounded before it is added, see `rounded`.
     """
     sums = _compare if indices.shape[-1] <= FEW else _scatter
     return sums(
@@ -37,6 +38,15 @@ def moments(
         jnp.power(b1, ages.astype(jnp.float32)),
         jnp.power(b2, ages.astype(jnp.float32)),
     )
+
+
+def rounded(product: jax.Array) -> jax.Array:
+    """A product as it is before it is added to something: with 23 bits.
+
+    Else XLA may add it with all its bits, in a fused multiply-add, in one program
+    and not in another.
+    """
+    return lax.reduce_precision(product, 8, 22)
 
 
 def debias(decay: jax.Array, count: jax.Array) -> jax.Array:
@@ -53,9 +63,9 @@ def _compare(newest, indices, values, mu_weights, nu_weights):
     for entry in range(entries):
         slot = entry * mu_weights.size // entries
         at = slice(entry, entry + 1)
-        value = jnp.where(lane == indices[..., at], values[..., at], 0)
-        mu += mu_weights[slot] * value
-        nu += nu_weights[slot] * value**2
+        here, value = lane == indices[..., at], values[..., at]
+        mu += jnp.where(here, rounded(mu_weights[slot] * value), 0)
+        nu += jnp.where(here, rounded(nu_weights[slot] * value**2), 0)
     return mu, nu
 
 
@@ -68,8 +78,8 @@ def _scatter(newest, indices, values, mu_weights, nu_weights):
         at = lax.dynamic_slice_in_dim(indices, slot * k, k, indices.ndim - 1)
         value = lax.dynamic_slice_in_dim(values, slot * k, k, values.ndim - 1)
         mu, nu = sums
-        mu = _add_at(mu, at, mu_weights[slot] * value)
-        nu = _add_at(nu, at, nu_weights[slot] * value**2)
+        mu = _add_at(mu, at, rounded(mu_weights[slot] * value))
+        nu = _add_at(nu, at, rounded(nu_weights[slot] * value**2))
         return mu, nu
 
     return lax.fori_loop(0, slots, add_slot, (newest, newest**2), unroll=slots < 3)

@@ -1,0 +1,209 @@
+"""Where the state of any optax chain lies, and that it stays there."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from meshes import assert_placed, collectives, make_mesh, shardings_of, zeros
+from microadam_optax import (
+    STATIC_ARGS,
+    MicroAdamState,
+    microadam,
+    scale_by_microadam,
+    shard_grid,
+    state_shardings,
+)
+
+SPECS = {"w": P("fsdp", "tp"), "b": P("tp"), "tiny": P("fsdp"), "scalar": P()}
+SHAPES = {"w": (16, 512), "b": (1024,), "tiny": (8,), "scalar": ()}
+SHARDS = {"w": 8, "b": 2}  # of all arrays of their state
+ONLY_W = {name: name == "w" for name in SHAPES}
+CHAINS = {
+    "alone": microadam(0.1),
+    "window 1": microadam(0.1, window=1, weight_decay=0.1),
+    "clipped, with a schedule": optax.chain(
+        optax.clip_by_global_norm(1.0),
+        microadam(optax.linear_schedule(1.0, 0.0, 10), stochastic_rounding=True),
+    ),
+    "accumulated": optax.MultiSteps(microadam(0.1), 2).gradient_transformation(),
+    "masked": optax.masked(microadam(0.1), ONLY_W),
+    "masked by a function": optax.masked(
+        microadam(0.1), lambda tree: jax.tree.map(lambda x: jnp.ndim(x) > 1, tree)
+    ),
+    "partitioned": optax.partition(
+        {True: microadam(0.1), False: optax.adam(0.1)}, ONLY_W
+    ),
+    "with hyperparameters": optax.inject_hyperparams(microadam, static_args=STATIC_ARGS)(
+        learning_rate=0.1
+    ),
+    "finite only": optax.apply_if_finite(microadam(0.1), 3),
+    "beside momentum": optax.chain(microadam(0.1), optax.trace(0.9)),
+}
+
+
+@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def mesh(request):
+    return make_mesh("fsdp 4, tp 2", request.param)
+
+
+@pytest.fixture
+def params(mesh):
+    """Concrete parameters, one of them sharded as its state cannot be."""
+    return zeros(
+        {
+            name: jax.ShapeDtypeStruct(
+                SHAPES[name], jnp.float32, sharding=NamedSharding(mesh, spec)
+            )
+            for name, spec in SPECS.items()
+        }
+    )
+
+
+def nodes(state):
+    """MicroAdam's part of a state, wherever it is."""
+    found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, MicroAdamState))
+    return [node for node in found if isinstance(node, MicroAdamState)]
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_any_chain(chain, params, mesh):
+    """They are valid for any chain, cut what can be cut, and an update keeps them."""
+    tx = CHAINS[chain]
+    places = state_shardings(tx, params)
+    with jax.set_mesh(mesh):
+        state = jax.jit(tx.init, out_shardings=places)(params)
+        assert_placed(state, places)
+        (node,) = nodes(state)
+        for field in (node.codes, node.ranges, node.indices, node.values):
+            for leaf, array in (field or {}).items():
+                if leaf in SHARDS and isinstance(array, jax.Array):
+                    held = array.addressable_shards[0].data.size
+                    assert held * SHARDS[leaf] == array.size
+        assert node.count.sharding.spec == P()
+        out = (shardings_of(params), places)
+        update = jax.jit(tx.update, donate_argnums=1, out_shardings=out)
+        _, new = update.lower(params, state, params).compile()(params, state, params)
+    assert_placed(new, places)
+
+
+def test_state_of_other_transformations(params):
+    """Moments like the parameter; row and column statistics replicated."""
+    places = state_shardings(optax.adafactor(0.1, min_dim_size_to_factor=8), params)
+    factored = places[0]
+    assert factored.v_row["w"].spec == P()
+    assert factored.v["b"].spec == P("tp")
+    adam = state_shardings(optax.adamw(0.1), params)[0]
+    assert adam.mu["w"].spec == P("fsdp", "tp")
+    assert adam.nu["tiny"].spec == P("fsdp")
+
+
+@pytest.mark.parametrize("in_context", [False, True])
+@pytest.mark.parametrize("jitted", [False, True])
+def test_eager_init_follows_the_parameters(params, mesh, jitted, in_context):
+    del params["tiny"]  # on an auto mesh XLA would shard its state in its own way
+    tx = scale_by_microadam(window=3, density=0.1)
+    places = state_shardings(tx, params)
+    with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
+        state = tx.init(params)
+        for _ in range(3):
+            for field in ("codes", "ranges", "indices", "values"):
+                assert_placed(getattr(state, field), getattr(places, field))
+            update = jax.jit(tx.update) if jitted else tx.update
+            updates, state = update(params, state)
+            assert_placed(updates, shardings_of(params))
+
+
+def test_single_devices():
+    """Committed parameters keep their state with them, others leave it free to move."""
+    state = scale_by_microadam().init({"w": jnp.ones((4, 64))})
+    assert not state.codes["w"].committed
+    device = jax.devices()[3]
+    there = jax.device_put(jnp.ones((4, 64)), device)
+    state = scale_by_microadam().init(there)
+    for array in (state.codes, state.ranges, state.indices, state.values):
+        assert array.devices() == {device}
+    updates, state = scale_by_microadam().update(there, state)
+    assert updates.devices() == state.codes.devices() == {device}
+
+
+def test_given_shardings_and_prefixes(mesh):
+    shapes = {"a": [jax.ShapeDtypeStruct((16, 512), "float32")] * 2, "b": jnp.ones(64)}
+    rows = NamedSharding(mesh, P("fsdp"))
+    tx = scale_by_microadam()
+    places = state_shardings(tx, shapes, {"a": rows, "b": NamedSharding(mesh, P())})
+    assert [x.spec for x in places.codes["a"]] == [P("fsdp")] * 2
+    assert places.codes["b"].spec == P()
+    with jax.set_mesh(mesh):
+        assert places == state_shardings(tx, shapes, {"a": P("fsdp"), "b": P()})
+    assert shard_grid(shapes, rows) == {"a": [(4, 1)] * 2, "b": (4,)}
+
+
+def test_mesh_axes_that_do_not_divide_the_state_are_dropped(mesh):
+    both = NamedSharding(mesh, P(("tp", "fsdp")))
+    shapes = {
+        "all": jax.ShapeDtypeStruct((512,), "float32"),
+        "the first": jax.ShapeDtypeStruct((192,), "float32"),
+        "none": jax.ShapeDtypeStruct((64,), "float32"),
+    }
+    codes = state_shardings(scale_by_microadam(shards=2), shapes, both).codes
+    assert codes["all"].spec == codes["the first"].spec == P("tp")
+    assert codes["none"].spec == P(None)
+    codes = state_shardings(scale_by_microadam(), shapes, both).codes
+    assert codes["all"].spec == P(("tp", "fsdp"))
+
+
+def test_memory_kinds_are_kept(mesh):
+    kind = "unpinned_host"
+    params = {"w": jax.ShapeDtypeStruct((16, 512), "float32")}
+    place = NamedSharding(mesh, P("fsdp"), memory_kind=kind)
+    places = state_shardings(scale_by_microadam(), params, place)
+    assert {x.memory_kind for x in jax.tree.leaves(places)} == {kind}
+
+
+def test_bad_shardings(mesh):
+    tx, params = scale_by_microadam(), {"w": np.ones((16, 512))}
+    with pytest.raises(ValueError, match=r"`shardings` has none for \['w'\]"):
+        state_shardings(tx, params)
+    with pytest.raises(ValueError, match="`shardings` must be a tree like `params`"):
+        state_shardings(tx, params, {"v": NamedSharding(mesh, P())})
+    with pytest.raises(TypeError, match=r"of \['w'\] must be a .*Sharding.* got 3"):
+        state_shardings(tx, params, {"w": 3})
+    with pytest.raises(TypeError, match=r"PartitionSpec under jax\.set_mesh"):
+        state_shardings(tx, params, {"w": P("fsdp")})
+    with pytest.raises(ValueError, match="`params` has no arrays"):
+        state_shardings(tx, {})
+
+
+def test_zero_style(mesh):
+    """Parameters replicated, state sharded: what is sent is the update, no more."""
+    leaf = jax.ShapeDtypeStruct((16, 512), "float32", sharding=NamedSharding(mesh, P()))
+    params = {"w": leaf, "v": leaf}
+    tx = microadam(1e-3, window=2, density=0.06)
+    rows = NamedSharding(mesh, P(("fsdp", "tp")))
+    places = state_shardings(tx, params, rows)
+
+    def step(params, state, gradients):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    with jax.set_mesh(mesh):
+        state = jax.jit(tx.init, out_shardings=places)(zeros(params))
+        jitted = jax.jit(
+            step, donate_argnums=(0, 1), out_shardings=(shardings_of(params), places)
+        )
+        compiled = jitted.lower(params, state, params).compile()
+        assert collectives(compiled) == {"all-gather": 2}
+        rng = np.random.default_rng(0)
+        values = {name: rng.standard_normal((16, 512), np.float32) for name in params}
+        alone = values, tx.init(values)
+        here = jax.device_put(values, shardings_of(params)), state
+        for _ in range(5):
+            here = compiled(*here, jax.device_put(values, shardings_of(params)))
+            alone = jax.jit(step)(*alone, values)
+    jax.tree.map(np.testing.assert_array_equal, here, alone)
