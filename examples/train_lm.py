@@ -231,8 +231,8 @@ def positive(kind):
     return convert
 
 
-def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Parser]:
-    parser = Parser(description=__doc__.splitlines()[0])
+def make_parser(description: str) -> Parser:
+    parser = Parser(description=description)
     add = parser.add_argument
     add("--data", nargs="+", type=pathlib.Path, default=[], metavar="FILE")
     add("--optimizer", choices=["microadam", "adamw"], default="microadam")
@@ -252,14 +252,13 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Parse
     add("--seed", type=int, default=0)
     add("--plot", type=pathlib.Path, default=pathlib.Path("train_lm.png"))
     add("--quiet", action="store_true", help="no progress bar")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def check(args: argparse.Namespace, parser: Parser) -> np.ndarray:
+    """The text, if all arguments can be used; else one line and the end."""
     if args.width % args.heads:
         parser.error(f"--width {args.width} is not a multiple of --heads {args.heads}")
-    return args, parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    args, parser = parse(arguments)
     try:
         make_optimizer(args)
         text = load_text(args.data)
@@ -268,6 +267,13 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"cannot read {error.filename}: {error.strerror}")
     except ValueError as error:
         parser.error(str(error))
+    return text
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser(__doc__.splitlines()[0])
+    args = parser.parse_args(arguments)
+    text = check(args, parser)
     curves = train(args, text)
     plot(curves, f"byte language model, {args.optimizer}", args.plot)
     return 0

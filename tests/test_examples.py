@@ -35,7 +35,8 @@ def test_it_trains_on_files_and_draws(optimizer, tmp_path, capsys):
 def test_it_learns():
     """Beats the unigram model on text with structure."""
     text = np.frombuffer(b"abcdefgh" * 400, np.uint8)
-    args, _ = train_lm.parse([*SMALL, "--steps", "80", "--learning-rate", "1e-2"])
+    parser = train_lm.make_parser("")
+    args = parser.parse_args([*SMALL, "--steps", "80", "--learning-rate", "1e-2"])
     curves = train_lm.train(args, text)
     assert curves["validation"][-1][1] < 0.8 * curves["unigram"][0]
 

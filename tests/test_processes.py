@@ -1,0 +1,99 @@
+"""Training in several processes: the same losses, and a killed one changes nothing."""
+
+import itertools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+SCRIPT = pathlib.Path(__file__).parents[1] / "examples" / "train_sharded.py"
+SIZES = {"batch": 8, "length": 32, "width": 64, "depth": 1, "heads": 2}
+STEPS = 60
+EVERY = 10
+
+
+def start(*arguments):
+    sizes = (f"--{name}={size}" for name, size in SIZES.items())
+    command = [sys.executable, str(SCRIPT), "--quiet", *sizes, *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def run(folder, *arguments):
+    """The loss at each step."""
+    curve = folder / "curve.json"
+    process = start("--curve", curve, *arguments)
+    out, _ = process.communicate()
+    assert process.returncode == 0, out
+    return dict(json.loads(curve.read_text())["loss"])
+
+
+def children(process):
+    listed = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in listed.read_text().split()]
+
+
+def kill_one_after_the_second_checkpoint(process, folder):
+    while not (folder / str(2 * EVERY)).exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    os.kill(children(process)[1], signal.SIGKILL)
+    return process.communicate()[0]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_fsdp_killed_and_restarted(tmp_path):
+    """The restart goes on from the checkpoint with the losses of an unbroken run."""
+    unbroken = run(tmp_path, "--steps", STEPS)
+    assert list(unbroken) == list(range(1, STEPS + 1))
+    assert unbroken[STEPS] < 0.8 * unbroken[1]
+
+    folder = tmp_path / "checkpoints"
+    same = ("--steps", STEPS, "--checkpoints", folder, "--save-every", EVERY)
+    broken = start(*same)
+    out = kill_one_after_the_second_checkpoint(broken, folder)
+    assert broken.returncode == 1
+    assert "process 1 ended with SIGKILL" in out
+    rest = run(tmp_path, *same)
+    assert 2 * EVERY < min(rest) <= STEPS
+    assert min(rest) % EVERY == 1
+    assert rest == {step: unbroken[step] for step in rest}
+
+    refused = start(*same, "--window", 4)
+    out, _ = refused.communicate()
+    assert refused.returncode == 2
+    assert "was made with `window` 10, but this transformation has `window` 4" in out
+
+    # Eight devices in one process add the gradients up in another order than the two
+    # processes do: float32 rounding apart, carried through every step.
+    alone = run(tmp_path, "--steps", STEPS, "--processes", 1, "--devices", 8)
+    tolerance = STEPS * 8 * np.finfo(np.float32).eps
+    np.testing.assert_allclose(
+        list(alone.values()), list(unbroken.values()), rtol=tolerance
+    )
+
+
+@pytest.mark.parametrize("parallel", ["data", "fsdp"])
+def test_two_devices_in_two_processes_or_in_one(parallel, tmp_path):
+    """The sum of two gradients has no order, so here the losses are equal."""
+    shared = ("--steps", 10, "--parallel", parallel)
+    curves = [
+        run(tmp_path, *shared, "--processes", processes, "--devices", devices)
+        for processes, devices in [(2, 1), (1, 2)]
+    ]
+    assert curves[0] == curves[1]
+    assert all(a != b for a, b in itertools.pairwise(curves[0].values()))
+
+
+def test_errors_are_one_line():
+    refused = start("--batch", 7)
+    out, _ = refused.communicate()
+    assert refused.returncode == 2
+    assert out.endswith("error: --batch 7 is not a multiple of the 8 devices\n")
