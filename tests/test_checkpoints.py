@@ -1,0 +1,109 @@
+"""Checkpoints with Orbax: from any mesh to any other, and not for other arguments."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from microadam_optax import check_checkpoint, microadam, state_shardings
+
+SHAPES = {"up": (32, 1376), "heads": (64, 8, 64), "bias": (512,)}
+SPECS = {"up": P("fsdp", "tp"), "heads": P("fsdp", "tp"), "bias": P("tp")}
+WAY = [(4, 2), (2, 2), (1, 2), (1, 1), (1, 8)]  # meshes of 8, 4, 2, 1 and 8 devices
+STEPS = 3  # on each mesh
+
+
+def place(devices):
+    mesh = jax.sharding.Mesh(
+        np.array(jax.devices()[: np.prod(devices)]).reshape(devices),
+        ("fsdp", "tp"),
+        axis_types=(AxisType.Auto,) * 2,
+    )
+    return {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()}
+
+
+def shapes():
+    return {name: jax.ShapeDtypeStruct(SHAPES[name], jnp.float32) for name in SHAPES}
+
+
+def gradients(step):
+    rng = np.random.default_rng(step)
+    return {name: rng.standard_normal(s, np.float32) for name, s in SHAPES.items()}
+
+
+def make(**settings):
+    return optax.chain(
+        optax.trace(0.5), microadam(1e-2, window=4, density=0.02, **settings)
+    )
+
+
+def make_step(tx, places=None):
+    def step(params, state, gradients):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    pinned = {"out_shardings": places} if places else {}
+    return jax.jit(step, donate_argnums=(0, 1), **pinned)
+
+
+def test_from_mesh_to_mesh(tmp_path):
+    """Saved and restored on 8, 4, 2, 1 and 8 devices: the bits of an unbroken run."""
+    tx = make(stochastic_rounding=True)
+    params = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
+    unbroken, step_alone = (params, tx.init(params)), make_step(tx)
+    target = shapes(), jax.eval_shape(tx.init, shapes())
+    with ocp.StandardCheckpointer() as checkpoints:
+        for number, devices in enumerate(WAY):
+            own = place(devices)
+            places = own, state_shardings(tx, shapes(), own)
+            if number == 0:
+                params = jax.device_put(params, own)
+                here = params, jax.jit(tx.init, out_shardings=places[1])(params)
+            else:
+                like = jax.tree.map(
+                    lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+                    target,
+                    places,
+                )
+                saved = tmp_path / str(number - 1)
+                metadata = checkpoints.metadata(saved).item_metadata
+                check_checkpoint(metadata[1], tx, shapes())
+                here = checkpoints.restore(saved, like)
+            devices_used = {x.sharding.mesh.size for x in jax.tree.leaves(here)}
+            assert devices_used == {np.prod(devices)}
+            step = make_step(tx, places)
+            for i in range(number * STEPS, (number + 1) * STEPS):
+                here = step(*here, jax.device_put(gradients(i), own))
+                unbroken = step_alone(*unbroken, gradients(i))
+            jax.tree.map(np.testing.assert_array_equal, here, unbroken)
+            checkpoints.save(tmp_path / str(number), here)
+            checkpoints.wait_until_finished()
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"window": 5}, "`window` 4, .* `window` 5"),
+        ({"window": 1}, "`window` 4, .* `window` 1"),
+        ({"block_size": 128}, "blocks of 256 elements .* blocks of 128 elements"),
+        ({"error_bits": 8}, "`error_bits` 4, .* `error_bits` 8"),
+        ({"density": 0.1}, "6 entries selected in a block .* 26 entries selected"),
+    ],
+)
+def test_other_hyperparameters_are_refused(other, message, tmp_path):
+    """From the metadata alone, before Orbax speaks of shapes."""
+    tree = {"w": jnp.ones((16, 2048))}
+    settings = {"window": 4, "density": 0.02}
+    saved_by, tx = (microadam(0.1, **s) for s in (settings, settings | other))
+    with ocp.StandardCheckpointer() as checkpoints:
+        checkpoints.save(tmp_path / "state", saved_by.init(tree))
+        checkpoints.wait_until_finished()
+        metadata = checkpoints.metadata(tmp_path / "state").item_metadata
+        with pytest.raises(ValueError, match=rf"of \['w'\] was made with {message}"):
+            check_checkpoint(metadata, tx, tree)
+        with pytest.raises(ValueError, match=rf"of \['w'\] was made with {message}"):
+            tx.update(tree, checkpoints.restore(tmp_path / "state", saved_by.init(tree)))
