@@ -17,22 +17,20 @@ from jax import lax
 ELEMENTS = 2**18  # a piece of float32 is then 1 MiB
 
 
-def plan(shape: tuple[int, ...], axes: range) -> tuple[int, int]:
-    """Which axis of a leaf to cut, and into how many pieces: 1 to leave it whole."""
-    elements = math.prod(shape)
-    chunks = [_pieces(shape[axis], elements) for axis in axes]
-    return max(zip(axes, chunks, strict=True), key=operator.itemgetter(1), default=(0, 1))
+def plan(shape: tuple[int, ...], axes: range, devices: int) -> tuple[int, int]:
+    """Which axis of a leaf to cut, and into how many pieces: 1 to leave it whole.
 
-
-def _pieces(size: int, elements: int) -> int:
-    """A divisor of an axis's size that leaves about `ELEMENTS` in a piece.
-
-    Of an axis that is a multiple of 64 (or 8), as many indices stay in each piece:
-    sharded over a divisor of that, the pieces need no communication.
+    Each piece keeps as many indices of the axis as it can be sharded into, a divisor
+    of the number of devices: then the pieces need no communication.
     """
-    wanted = max(1, elements // ELEMENTS)
-    most = size // next(n for n in (64, 8, 1) if size % n == 0)
-    return max(n for n in range(1, min(wanted, most) + 1) if most % n == 0)
+    wanted = max(1, math.prod(shape) // ELEMENTS)
+
+    def pieces(axis: int) -> int:
+        most = shape[axis] // math.gcd(shape[axis], devices)
+        return max(n for n in range(1, min(wanted, most) + 1) if most % n == 0)
+
+    chunks = [(axis, pieces(axis)) for axis in axes]
+    return max(chunks, key=operator.itemgetter(1), default=(0, 1))
 
 
 def in_chunks(

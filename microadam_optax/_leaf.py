@@ -135,7 +135,7 @@ def _update_leaf(
     f = functools.partial(update_blocks, step=step, cell=cell, settings=settings)
     starts = _starts(leaf, step.ages)
     axes = range(len(at.grid) + (not at.padded))
-    axis, chunks = _chunks.plan(cells.shape, axes)
+    axis, chunks = _chunks.plan(cells.shape, axes, _specs.devices())
 
     def pad(leaf: Leaf) -> Leaf:
         rows = _blocks.pad(leaf.gradient, at.blocks, at.block)

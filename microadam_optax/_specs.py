@@ -52,3 +52,9 @@ def of_cells(array: jax.Array, rank: int) -> NamedSharding:
     """The sharding of a leaf whose grid is sharded like an array of its state."""
     sharding = jax.typeof(array).sharding
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:rank]))
+
+
+def devices() -> int:
+    """How many devices an array may be sharded over, at most."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() if mesh.empty else mesh.size
