@@ -57,11 +57,14 @@ def main() -> None:
             print(f"  {setting:10} {held:.3f}  {formula}")
     print("temporary bytes of a donated update, leaves of 1024 x 4096 float32 (16.8 MB)")
     for setting, tx in {"Adam": optax.scale_by_adam(), **transformations()}.items():
-        some = {leaves: temporary_bytes(tx, leaves) for leaves in (1, 20)}
+        scaled = optax.chain(tx, optax.scale_by_learning_rate(1e-3))
+        some = {
+            f"{leaves}{name}": temporary_bytes(each, leaves)
+            for name, each in (("", tx), (" scaled", scaled))
+            for leaves in (1, 20)
+        }
         results["temporary_bytes"][setting] = some
-        print(
-            f"  {setting:10} 1 leaf {some[1] / 1e6:6.2f} MB, 20 {some[20] / 1e6:6.2f} MB"
-        )
+        print(f"  {setting:10}", {name: f"{n / 1e6:.2f} MB" for name, n in some.items()})
     report("memory", results)
 
 

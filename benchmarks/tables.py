@@ -38,10 +38,12 @@ def state_table(results: dict) -> str:
 
 def temporary_table(results: dict) -> str:
     rows = [
-        [name, *(f"{some[n] / 1e6:.1f} MB" for n in ("1", "20"))]
+        [name, *(f"{number / 1e6:.1f} MB" for number in some.values())]
         for name, some in results["temporary_bytes"].items()
     ]
-    return table(["(window, density)", "1 leaf of 1024 x 4096", "20 such leaves"], rows)
+    header = ["1 leaf of 1024 x 4096", "20 such leaves"]
+    scaled = [f"{name}, with the learning rate" for name in header]
+    return table(["(window, density)", *header, *scaled], rows)
 
 
 def step_table(results: dict) -> str:
@@ -128,6 +130,93 @@ def fill(text: str, name: str, content: str) -> str:
     return re.sub(pattern, lambda _: f"{begin}\n{content}\n{end}", text, flags=re.DOTALL)
 
 
+def sent(collectives: dict[str, int]) -> str:
+    return ", ".join(f"{n} {name}" for name, n in collectives.items()) or "0"
+
+
+def megabytes(number: float) -> str:
+    return f"{number / 1e6:.2f}"
+
+
+def mesh_table(results: dict) -> str:
+    names = list(results["cases"][0]["optimizers"])
+    header = ["mesh", "leaf", "shape", "spec", *names, "temporary", "state"]
+    rows = []
+    for row in results["cases"]:
+        found = [row["optimizers"][name] for name in names]
+        rows.append(
+            [
+                row["mesh"],
+                row["case"],
+                " x ".join(map(str, row["shape"])),
+                f"`{row['spec']}`",
+                *(sent(each["collectives"]) for each in found),
+                *(
+                    " / ".join(megabytes(each[key]) for each in found)
+                    for key in ("temporary_bytes", "state_bytes")
+                ),
+            ]
+        )
+    return table(header, rows)
+
+
+def weak_table(results: dict) -> str:
+    rows = results["weak_scaling"]
+    names = [name for name in rows[0] if name != "devices"]
+    return table(
+        ["devices", *(f"{name}: flops / bytes" for name in names)],
+        [
+            [
+                str(row["devices"]),
+                *(
+                    f"{row[n]['flops'] / 1e6:.1f}M / {megabytes(row[n]['bytes'])} MB"
+                    for n in names
+                ),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def plan_table(results: dict) -> str:
+    plan = results["plan_70b"]
+    own = plan["parameter_bytes"]
+    rows = [
+        [
+            name,
+            *(f"{number / 1e9:.3f}" for number in (held, 2 * own + held)),
+            f"{held * 256 / plan['parameters']:.2f}",
+        ]
+        for name, held in plan["state_bytes"].items()
+    ]
+    return table(
+        ["", "state, GB", "with parameters and gradients", "bytes a parameter"], rows
+    )
+
+
+def sharding_page(text: str, results: dict) -> str:
+    plan = results["plan_70b"]
+    layer = {n: sent(each["collectives"]) for n, each in results["layer_70b"].items()}
+    own = f"{plan['parameter_bytes'] / 1e9:.3f} GB"
+    sections = {
+        "meshes": mesh_table(results),
+        "weak scaling": weak_table(results),
+        "plan": (
+            f"{plan['parameters']:,} parameters on a mesh of "
+            + " x ".join(f"{n} {axis}" for axis, n in plan["mesh"].items())
+            + f"; bfloat16 parameters and gradients are {own} each a device."
+            f"\n\n{plan_table(results)}\n\n"
+            "Collectives of the update of a layer, the embedding and the head, compiled "
+            f"for the 256 devices: {layer['8']} with `shards=8`, "
+            f"**{layer[str(plan['shards'])]}** with `shards={plan['shards']}`."
+        ),
+        "machine": f"{measured_on(results)}.",
+    }
+    for name, content in sections.items():
+        text = fill(text, name, content)
+    return text
+
+
 def main() -> None:
     memory, step, compilation = map(load, ("memory", "step_time", "compile_time"))
     (ROOT / "docs" / "benchmarks.md").write_text(page(memory, step, compilation))
@@ -142,6 +231,8 @@ def main() -> None:
     )
     compiling = "\n" + compile_table(compilation)
     readme.write_text(fill(text, "speed", speed + compiling))
+    page_of_meshes = ROOT / "docs" / "sharding.md"
+    page_of_meshes.write_text(sharding_page(page_of_meshes.read_text(), load("sharding")))
 
 
 if __name__ == "__main__":

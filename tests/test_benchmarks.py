@@ -2,10 +2,12 @@
 
 import math
 
+import jax
 import pytest
 
 import common
 import memory
+import sharding
 import step_time
 
 KNOWN = {"Llama-2-7B": 6_738_415_616, "GPT-2 small": 124_439_808}
@@ -38,3 +40,24 @@ def test_step_time_runs(apply):
     row = step_time.compare([(64, 64)], common.SETTINGS["(2, 6 %)"], apply, steps=1)
     assert row["parameters"] == 64 * 64
     assert row["ratio"] > 0
+
+
+def test_the_plan_of_a_70b_model():
+    plan = sharding.plan_70b()
+    assert plan["parameters"] == 68_976_648_192
+    own, held = plan["parameter_bytes"], plan["state_bytes"]
+    # Matrices are in 256 shards, the norms on every device; blocks of 224 are the rest.
+    assert own == pytest.approx(2 * plan["parameters"] / 256, rel=0.01)
+    assert held["AdamW"] == 4 * own + 4  # and its count
+    assert held["MicroAdam (10, 1 %)"] == pytest.approx(own / 2 * 0.85, rel=0.02)
+
+
+def test_what_each_optimizer_sends():
+    mesh = sharding.meshes.make_mesh("tp 8")
+    at = sharding.NamedSharding(mesh, sharding.P(None, "tp"))
+    found = sharding.measure(
+        {"w": jax.ShapeDtypeStruct((32, 4096), "float32", sharding=at)}
+    )
+    assert found["MicroAdam"]["collectives"] == found["AdamW"]["collectives"] == {}
+    assert found["Adafactor"]["collectives"] != {}
+    assert found["AdamW"]["state_bytes"] == 8 * 32 * 4096 / 8 + 4

@@ -144,6 +144,24 @@ def test_explicit_meshes(name):
     assert beside_one_device(tx, leaves, functools.partial(jax.set_mesh, mesh)) == {}
 
 
+@pytest.mark.parametrize("strategy", ["in chunks"], indirect=True)
+@pytest.mark.usefixtures("strategy")
+def test_inside_shard_map():
+    """Each device updates its own shard, with no help of the partitioner."""
+    mesh = make_mesh("tp 8")
+    leaf = jax.ShapeDtypeStruct((64, 4096), jnp.float32, sharding=None)
+    tx = scale_by_microadam(window=3)
+    places = state_shardings(tx, leaf, NamedSharding(mesh, P(None, "tp")))
+    specs = P(None, "tp"), jax.tree.map(lambda x: x.spec, places)
+    update = jax.jit(jax.shard_map(tx.update, mesh=mesh, in_specs=specs, out_specs=specs))
+    gradient = gradients(0, leaf)
+    state = alone = tx.init(gradient)
+    for step in range(3):
+        updates, state = update(gradients(step, leaf), state)
+        assert_same((updates, state), jax.jit(tx.update)(gradients(step, leaf), alone))
+        alone = state = jax.device_get(state)
+
+
 # Shard edges that do not fall on the edges of cells.
 UNALIGNED = {
     "head_dim": ((64, 4, 128), P(None, None, "tp"), "tp 8"),
