@@ -133,7 +133,7 @@ OTHERS = [
 def test_state_of_other_arguments(other, message):
     """Both values are named, at the update and before a checkpoint is restored."""
     usual = {"window": 5, "density": 0.1}
-    tree = {"w": jnp.ones((4, 512)), "z": jnp.ones(5)}
+    tree = {"w": jnp.ones((4, 2048)), "z": jnp.ones(5)}
     tx, before = (scale_by_microadam(**usual), scale_by_microadam(**(usual | other)))
     with pytest.raises(ValueError, match=rf"of \['w'\] was made with {message}"):
         tx.update(tree, before.init(tree))

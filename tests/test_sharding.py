@@ -128,7 +128,7 @@ def test_meshes(name):
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_settings(settings):
     tx = scale_by_microadam(**SETTINGS[settings])
-    assert beside_one_device(tx, leaves_on("fsdp 2, tp 4")) == {}
+    assert beside_one_device(tx, leaves_on("fsdp 4, tp 2")) == {}
 
 
 @pytest.mark.parametrize(
