@@ -1,7 +1,8 @@
 """Trains the language model of train_lm.py in several processes, with checkpoints.
 
 python examples/train_sharded.py                      # 2 processes x 4 CPU devices, FSDP
-python examples/train_sharded.py --parallel data      # parameters on every device
+python examples/train_sharded.py --parallel data      # everything on every device
+python examples/train_sharded.py --parallel zero      # parameters there, state cut
 python examples/train_sharded.py --checkpoints ckpt   # saves, and goes on from there
 
 One command starts all processes; on a cluster, start it on each host with
@@ -31,12 +32,12 @@ import train_lm
 from microadam_optax import check_checkpoint, state_shardings
 
 
-def parameter_shardings(params, mesh: jax.sharding.Mesh, parallel: str):
-    """Rows of matrices over all devices (FSDP), or everything on each of them."""
+def shardings(params, mesh: jax.sharding.Mesh, cut: bool):
+    """Rows of matrices over all devices, or everything on each of them."""
 
     def place(leaf) -> NamedSharding:
-        cut = parallel == "fsdp" and leaf.ndim > 1 and leaf.shape[0] % mesh.size == 0
-        return NamedSharding(mesh, P(parallel) if cut else P())
+        rows = cut and leaf.ndim > 1 and leaf.shape[0] % mesh.size == 0
+        return NamedSharding(mesh, P(*mesh.axis_names) if rows else P())
 
     return jax.tree.map(place, params)
 
@@ -94,48 +95,52 @@ def restore(manager: ocp.CheckpointManager, tx, params, places):
     return last, (found["params"], found["opt_state"])
 
 
-def train(args: argparse.Namespace, text: np.ndarray) -> dict[str, list]:
-    """Trains from the last checkpoint, if there is one; returns the loss curve."""
-    chief = jax.process_index() == 0
-    axis = args.parallel
-    mesh = jax.make_mesh((jax.device_count(),), (axis,), (jax.sharding.AxisType.Auto,))
-    train_text, _ = train_lm.split_text(text, args.length)
+def make_model(args: argparse.Namespace) -> train_lm.LanguageModel:
+    rngs = nnx.Rngs(args.seed)
+    return train_lm.LanguageModel(args.length, args.width, args.depth, args.heads, rngs)
 
-    def make_model():
-        rngs = nnx.Rngs(args.seed)
-        return train_lm.LanguageModel(
-            args.length, args.width, args.depth, args.heads, rngs
-        )
 
-    graph, shapes = nnx.split(nnx.eval_shape(make_model), nnx.Param)
+def start(args: argparse.Namespace, mesh: jax.sharding.Mesh, manager):
+    """The jitted step, steps done, parameters and state: restored, or new."""
+    abstract_model = nnx.eval_shape(lambda: make_model(args))
+    graph, shapes = nnx.split(abstract_model, nnx.Param)
     tx = train_lm.make_optimizer(args)
-    own = parameter_shardings(shapes, mesh, args.parallel)
-    places = own, state_shardings(tx, shapes, own)
+    own = shardings(shapes, mesh, cut=args.parallel == "fsdp")
+    state = shardings(shapes, mesh, cut=args.parallel != "data")
+    places = own, state_shardings(tx, shapes, state)
 
     @functools.partial(jax.jit, out_shardings=places)
     def init():
-        params = nnx.split(make_model(), nnx.Param)[1]
+        params = nnx.split(make_model(args), nnx.Param)[1]
         return params, tx.init(params)
 
-    manager = open_checkpoints(args) if args.checkpoints else None
     found = restore(manager, tx, shapes, places) if manager else None
-    done, (params, opt_state) = found or (0, init())
-    step = make_step(graph, tx, places)
-    batches = NamedSharding(mesh, P(axis))
-    curve: list[tuple[int, float]] = []
+    done, made = found or (0, init())
+    return make_step(graph, tx, places), done, *made
+
+
+def train(args: argparse.Namespace, text: np.ndarray) -> dict[str, list]:
+    """Trains from the last checkpoint, if there is one; returns the loss curve."""
+    devices = jax.device_count()
+    mesh = jax.make_mesh((devices,), ("devices",), (jax.sharding.AxisType.Auto,))
+    train_text, _ = train_lm.split_text(text, args.length)
+    manager = open_checkpoints(args) if args.checkpoints else None
+    step, done, params, opt_state = start(args, mesh, manager)
+    rows = NamedSharding(mesh, P("devices"))
+    chief = jax.process_index() == 0
     if chief:
-        held = sum(
-            x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(opt_state)
-        )
+        leaves = jax.tree.leaves(opt_state)
+        held = sum(x.addressable_shards[0].data.nbytes for x in leaves)
         print(
-            f"{jax.process_count()} processes, {mesh.size} devices, {axis}; optimizer "
-            f"state {held:,} bytes a device; from step {done}",
+            f"{jax.process_count()} processes, {devices} devices, {args.parallel}; "
+            f"optimizer state {held:,} bytes a device; from step {done}",
             flush=True,
         )
+    curve: list[tuple[int, float]] = []
     quiet = args.quiet or not chief
     with tqdm(total=args.steps, initial=done, unit="step", disable=quiet) as bar:
         for number in range(done + 1, args.steps + 1):
-            batch = batch_at(number, train_text, args, batches)
+            batch = batch_at(number, train_text, args, rows)
             params, opt_state, loss = step(params, opt_state, batch)
             curve.append((number, float(loss)))
             if manager:
@@ -189,7 +194,7 @@ def launch(args: argparse.Namespace, arguments: list[str]) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, positive = parser.add_argument, train_lm.positive(int)
-    add("--parallel", choices=["fsdp", "data"], default="fsdp")
+    add("--parallel", choices=["fsdp", "data", "zero"], default="fsdp")
     add("--processes", type=positive, default=2, help="started on this host")
     add("--devices", type=positive, default=4, help="CPU devices of each process")
     add("--coordinator", help="ADDRESS:PORT of the first host")

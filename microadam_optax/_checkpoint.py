@@ -68,8 +68,7 @@ def _check_leaf(path: Any, shape: tuple[int, ...], here: tuple, found, wanted) -
         ages = shapes.get(_join(prefix, "ages"), (0,))
         arrays = (shapes.get(_join(prefix, x, leaf)) for x in LeafState._fields)
         state = LeafState(*arrays)
-        known = state.codes and (state.indices or ages == (0,))
-        forms.append(form_of(shape, state, ages[0] + 1) if known else None)
+        forms.append(form_of(shape, state, ages[0] + 1) if state.codes else None)
     made, asked = forms
     if made and asked:
         _checks.check_form(path, made, asked)

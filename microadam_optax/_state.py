@@ -105,12 +105,13 @@ def form_of(shape: tuple[int, ...], state: LeafState, window: int) -> Form | Non
     """The form of a state given as shapes; None if it is not that of such a leaf."""
     *grid, blocks, width = state.codes
     divides = all(n and size % n == 0 for size, n in zip(shape, grid, strict=False))
-    if len(grid) != len(shape) or not divides or not blocks:
+    kept = state.indices is not None
+    if len(grid) != len(shape) or not divides or not blocks or kept != (window > 1):
         return None
     block = block_of(Layout(shape, tuple(grid), blocks, 0).cell, blocks)
     bits, rest = divmod(width * 8, block)
     k = None
-    if window > 1:
+    if kept:
         k, no_k = divmod(state.indices[-1], window - 1)
         rest += no_k
     form = Form(window, bits, block, k, tuple(grid))

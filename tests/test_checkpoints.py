@@ -52,7 +52,7 @@ def make_step(tx, places=None):
 
 def test_from_mesh_to_mesh(tmp_path):
     """Saved and restored on 8, 4, 2, 1 and 8 devices: the bits of an unbroken run."""
-    tx = make(stochastic_rounding=True)
+    tx = make()
     params = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
     unbroken, step_alone = (params, tx.init(params)), make_step(tx)
     target = shapes(), jax.eval_shape(tx.init, shapes())

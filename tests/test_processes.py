@@ -85,10 +85,10 @@ def test_fsdp_killed_and_restarted(tmp_path):
     )
 
 
-@pytest.mark.parametrize("parallel", ["data", "fsdp"])
+@pytest.mark.parametrize("parallel", ["data", "zero"])
 def test_two_devices_in_two_processes_or_in_one(parallel, tmp_path):
     """The sum of two gradients has no order, so here the losses are equal."""
-    shared = ("--steps", 10, "--parallel", parallel)
+    shared = ("--steps", 10, "--parallel", parallel, "--window", 1)
     curves = [
         run(tmp_path, *shared, "--processes", processes, "--devices", devices)
         for processes, devices in [(2, 1), (1, 2)]

@@ -133,7 +133,7 @@ def test_settings(settings):
 
 @pytest.mark.parametrize(
     ("name", "strategy"),
-    [("data 2, fsdp 2, tp 2", "in chunks"), ("fsdp 2, tp 4", "whole")],
+    [("data 2, fsdp 2, tp 2", "in chunks"), ("fsdp 4, tp 2", "whole")],
     indirect=["strategy"],
 )
 @pytest.mark.usefixtures("strategy")
