@@ -138,26 +138,26 @@ def megabytes(number: float) -> str:
     return f"{number / 1e6:.2f}"
 
 
-def mesh_table(results: dict) -> str:
-    names = list(results["cases"][0]["optimizers"])
-    header = ["mesh", "leaf", "shape", "spec", *names, "temporary", "state"]
-    rows = []
-    for row in results["cases"]:
-        found = [row["optimizers"][name] for name in names]
-        rows.append(
-            [
-                row["mesh"],
-                row["case"],
-                " x ".join(map(str, row["shape"])),
-                f"`{row['spec']}`",
-                *(sent(each["collectives"]) for each in found),
-                *(
-                    " / ".join(megabytes(each[key]) for each in found)
-                    for key in ("temporary_bytes", "state_bytes")
-                ),
-            ]
-        )
-    return table(header, rows)
+def mesh_tables(results: dict) -> str:
+    """One for each mesh, in each cell the optimizers one after another."""
+    tables = []
+    for mesh in dict.fromkeys(row["mesh"] for row in results["cases"]):
+        rows = [mesh_row(row) for row in results["cases"] if row["mesh"] == mesh]
+        header = ["leaf", "shape", "spec", "collectives", "temporary", "state"]
+        tables.append(f"**{mesh}**\n\n{table(header, rows)}")
+    return "\n\n".join(tables)
+
+
+def mesh_row(row: dict) -> list[str]:
+    found = row["optimizers"].values()
+    counts = [str(sum(each["collectives"].values())) for each in found]
+    held, state = (
+        [megabytes(each[key]) for each in found]
+        for key in ("temporary_bytes", "state_bytes")
+    )
+    shape = " x ".join(map(str, row["shape"]))
+    columns = (" / ".join(column) for column in (counts, held, state))
+    return [row["case"], shape, f"`{row['spec']}`", *columns]
 
 
 def weak_table(results: dict) -> str:
@@ -199,7 +199,7 @@ def sharding_page(text: str, results: dict) -> str:
     layer = {n: sent(each["collectives"]) for n, each in results["layer_70b"].items()}
     own = f"{plan['parameter_bytes'] / 1e9:.3f} GB"
     sections = {
-        "meshes": mesh_table(results),
+        "meshes": mesh_tables(results),
         "weak scaling": weak_table(results),
         "plan": (
             f"{plan['parameters']:,} parameters on a mesh of "
