@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from common import SETTINGS, report
-from microadam_optax import _chunks, microadam, state_shardings
+from microadam_optax import _chunks, microadam, shard_grid, state_shardings
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "tests"))
 import meshes
@@ -27,6 +27,12 @@ OPTIMIZERS = {
     "MicroAdam": microadam(1e-3),
     "AdamW": optax.adamw(1e-3),
     "Adafactor": optax.adafactor(1e-3),
+}
+UNALIGNED = {  # shape, spec, devices
+    "head_dim": ((4096, 32, 128), P(None, None, "tp"), 8),
+    "columns, more devices than `shards`": ((4096, 4096), P(None, "tp"), 16),
+    "columns, three devices": ((4096, 1536), P(None, "tp"), 3),
+    "a small bias": ((256,), P("tp"), 8),
 }
 LARGE = {"fsdp": 32, "tp": 8}
 CUTS = 32  # `shards` there: what the cut axis of any leaf is sharded over
@@ -92,17 +98,18 @@ def compile_update(tx: optax.GradientTransformation, leaves) -> jax.stages.Compi
         return update.lower(leaves, state, leaves).compile()
 
 
+def measure_one(tx: optax.GradientTransformation, leaves) -> dict:
+    compiled = compile_update(tx, leaves)
+    return {
+        "collectives": meshes.collectives(compiled),
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "state_bytes": state_bytes(tx, leaves),
+    }
+
+
 def measure(leaves) -> dict[str, dict]:
     """Every optimizer on the same leaves."""
-    found = {}
-    for name, tx in OPTIMIZERS.items():
-        compiled = compile_update(tx, leaves)
-        found[name] = {
-            "collectives": meshes.collectives(compiled),
-            "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
-            "state_bytes": state_bytes(tx, leaves),
-        }
-    return found
+    return {name: measure_one(tx, leaves) for name, tx in OPTIMIZERS.items()}
 
 
 def all_cases() -> list[dict]:
@@ -114,6 +121,22 @@ def all_cases() -> list[dict]:
             leaf = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=at)
             row = {"mesh": name, "case": case, "shape": shape, "spec": str(spec)}
             rows.append(row | {"optimizers": measure({"w": leaf})})
+    return rows
+
+
+def unaligned_cases() -> list[dict]:
+    """Shards that are no whole cells of the default grid, and a grid of the shards."""
+    rows = []
+    for case, (shape, spec, devices) in UNALIGNED.items():
+        mesh = jax.make_mesh(
+            (devices,), ("tp",), (AxisType.Auto,), devices=jax.devices()[:devices]
+        )
+        at = NamedSharding(mesh, spec)
+        leaf = {"w": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=at)}
+        row = {"case": case, "shape": shape, "spec": str(spec), "devices": devices}
+        for name, grid in (("default", None), ("shard_grid", shard_grid(leaf))):
+            row[name] = measure_one(microadam(1e-3, grid=grid), leaf)
+        rows.append(row)
     return rows
 
 
@@ -177,11 +200,7 @@ def layer_70b() -> dict:
     }
     found = {}
     for shards in (8, CUTS):
-        compiled = compile_update(microadam(1e-3, shards=shards), leaves)
-        found[str(shards)] = {
-            "collectives": meshes.collectives(compiled),
-            "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
-        }
+        found[str(shards)] = measure_one(microadam(1e-3, shards=shards), leaves)
     return found
 
 
@@ -189,6 +208,7 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", 256)
     results = {
         "cases": all_cases(),
+        "unaligned": unaligned_cases(),
         "weak_scaling": weak_scaling(),
         "plan_70b": plan_70b(),
         "layer_70b": layer_70b(),
@@ -196,7 +216,8 @@ def main() -> None:
     for row in results["cases"]:
         sent = {k: v["collectives"] for k, v in row["optimizers"].items()}
         print(row["mesh"], row["case"], row["shape"], row["spec"], sent)
-    print(results["weak_scaling"], results["plan_70b"], results["layer_70b"], sep="\n")
+    for name in ("unaligned", "weak_scaling", "plan_70b", "layer_70b"):
+        print(results[name])
     report("sharding", results)
 
 

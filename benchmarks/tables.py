@@ -160,6 +160,22 @@ def mesh_row(row: dict) -> list[str]:
     return [row["case"], shape, f"`{row['spec']}`", *columns]
 
 
+def unaligned_table(results: dict) -> str:
+    header = ["leaf", "shape", "devices", "default grid", "`shard_grid`"]
+    header += ["temporary, MB", "state, MB"]
+    rows = []
+    for row in results["unaligned"]:
+        grids = [row["default"], row["shard_grid"]]
+        held, state = (
+            " / ".join(megabytes(each[key]) for each in grids)
+            for key in ("temporary_bytes", "state_bytes")
+        )
+        shape = " x ".join(map(str, row["shape"]))
+        counts = (sent(each["collectives"]) for each in grids)
+        rows.append([row["case"], shape, str(row["devices"]), *counts, held, state])
+    return table(header, rows)
+
+
 def weak_table(results: dict) -> str:
     rows = results["weak_scaling"]
     names = [name for name in rows[0] if name != "devices"]
@@ -200,6 +216,7 @@ def sharding_page(text: str, results: dict) -> str:
     own = f"{plan['parameter_bytes'] / 1e9:.3f} GB"
     sections = {
         "meshes": mesh_tables(results),
+        "unaligned": unaligned_table(results),
         "weak scaling": weak_table(results),
         "plan": (
             f"{plan['parameters']:,} parameters on a mesh of "
