@@ -144,6 +144,20 @@ def test_explicit_meshes(name):
     assert beside_one_device(tx, leaves, functools.partial(jax.set_mesh, mesh)) == {}
 
 
+@pytest.mark.parametrize("name", CASES_ON)
+def test_explicit_meshes_send_nothing(name):
+    """Every case, compiled only."""
+    leaves = leaves_on(name, AxisType.Explicit)
+    tx = scale_by_microadam(**SETTINGS["window 1"])
+    with jax.set_mesh(jax.tree.leaves(leaves)[0].sharding.mesh):
+        state = jax.jit(tx.init)(zeros(leaves))
+        assert_placed(state.codes, state_shardings(tx, leaves).codes)
+        compiled = (
+            jax.jit(tx.update, donate_argnums=(0, 1)).lower(leaves, state).compile()
+        )
+    assert collectives(compiled) == {}
+
+
 @pytest.mark.parametrize("strategy", ["in chunks"], indirect=True)
 @pytest.mark.usefixtures("strategy")
 def test_inside_shard_map():
