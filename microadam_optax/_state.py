@@ -103,10 +103,12 @@ class Form(NamedTuple):
 
 def form_of(shape: tuple[int, ...], state: LeafState, window: int) -> Form | None:
     """The form of a state given as shapes; None if it is not that of such a leaf."""
+    if any(x is not None and len(x) != len(shape) + 2 for x in state):
+        return None
     *grid, blocks, width = state.codes
-    divides = all(n and size % n == 0 for size, n in zip(shape, grid, strict=False))
+    divides = all(n and size % n == 0 for size, n in zip(shape, grid, strict=True))
     kept = state.indices is not None
-    if len(grid) != len(shape) or not divides or not blocks or kept != (window > 1):
+    if not divides or not blocks or kept != (window > 1):
         return None
     block = block_of(Layout(shape, tuple(grid), blocks, 0).cell, blocks)
     bits, rest = divmod(width * 8, block)
