@@ -6,7 +6,7 @@ Compiles for 8 and for 256 CPU devices and reads XLA's programs and accounts: no
 is allocated and nothing is timed.
 """
 
-import functools
+import math
 import pathlib
 import sys
 
@@ -74,7 +74,7 @@ def leaves_70b(mesh, dtype) -> dict[str, jax.ShapeDtypeStruct]:
 
 def held(shape: tuple[int, ...], dtype, sharding: NamedSharding) -> int:
     """Bytes on each device."""
-    return functools.reduce(int.__mul__, sharding.shard_shape(shape), dtype.itemsize)
+    return math.prod(sharding.shard_shape(shape)) * dtype.itemsize
 
 
 def state_bytes(tx: optax.GradientTransformation, leaves) -> int:
