@@ -1,0 +1,152 @@
+"""The update of blocks on TPUs, in one pass over memory.
+
+A program takes some hundred rows, each a block of the leaf with its state, into fast
+memory. Gradient and unpacked error are added up, the k largest magnitudes selected,
+the rest is quantized again. There are no loads or stores through indices: a stored
+entry is spread over its row and added where its index is, one entry of all rows at a
+time, and what is selected is taken out in ascending order by a minimum over the
+positions that are left.
+
+Padding is not part of a program's rows; the caller adds zeros and tells how many
+elements a cell has. The arithmetic is that of `_leaf.update_blocks`, in float32.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu
+
+from microadam_optax._kernels import _rows
+from microadam_optax._kernels._rows import Launch, Rows, Scalars
+
+ROWS = 256  # in a program
+
+
+def update(old: Rows, scalars: Scalars, launch: Launch) -> Rows:
+    """One step of all rows, in place if `old` is donated."""
+    rows = min(ROWS, old.codes.shape[0])
+
+    def tile(x: Any) -> pl.BlockSpec:
+        return pl.BlockSpec((rows, x.shape[1]), lambda i: (i, 0))
+
+    tiles = jax.tree.map(tile, old)
+    numbers = jax.tree.map(lambda _: pl.BlockSpec(memory_space=tpu.SMEM), scalars)
+    (new,) = pl.pallas_call(
+        functools.partial(_update_rows, launch=launch),
+        out_shape=(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), old),),
+        grid=(pl.cdiv(old.codes.shape[0], rows),),
+        in_specs=[tiles, numbers],
+        out_specs=(tiles,),
+        input_output_aliases={i: i for i in range(len(jax.tree.leaves(old)))},
+        compiler_params=tpu.CompilerParams(dimension_semantics=("parallel",)),
+        interpret=launch.interpret,
+        name="microadam",
+    )(old, scalars)
+    return new
+
+
+def _update_rows(old: Rows, scalars: Scalars, new: Rows, launch: Launch) -> None:
+    bits, (rows, width) = launch.bits, old.codes.shape
+    parts = range(8 // bits)
+    lane = lax.broadcasted_iota(jnp.int32, (rows, width), 1)
+    at = [part * width + lane for part in parts]
+    real = [_is_real(i, rows, launch) for i in at]
+    low, high = (old.ranges[:, end : end + 1].astype(jnp.float32) for end in (0, 1))
+    byte = old.codes[...].astype(jnp.int32)
+    accumulated = []
+    for part, mask in zip(parts, real, strict=True):
+        gradient = old.gradient[:, part * width : (part + 1) * width]
+        error = _rows.dequantize(byte, part, low, high, bits)
+        x = gradient.astype(jnp.float32) + error
+        accumulated.append(x if mask is None else jnp.where(mask, x, 0))
+
+    everywhere = [lane >= 0] * len(at)
+    chosen = _rows.largest(accumulated, at, everywhere, launch.k)
+    rest = _rows.each(lambda mask, x: jnp.where(mask, 0, x), chosen.masks, accumulated)
+    (code,), ends = _rows.quantize(rest, bits)
+    new.codes[...] = code
+    for i, end in enumerate(ends):
+        new.ranges[:, i : i + 1] = end
+
+    newest = [
+        jnp.where(mask, _rows.rounded(x, 16), 0)
+        for mask, x in zip(chosen.masks, accumulated, strict=True)
+    ]
+    moments = [_rows.moments(x) for x in newest]
+    if old.indices is not None:
+        moments = _add_stored(moments, old, scalars, at, launch.k)
+        _write_slot(old, new, scalars.start[0], chosen.masks, newest, at, launch.k)
+    factors = (scalars.factors[i] for i in range(3))
+    rescale = functools.partial(_rows.rescale, *factors)
+    for part, (mu, nu) in zip(parts, moments, strict=True):
+        columns = slice(part * width, (part + 1) * width)
+        new.gradient[:, columns] = rescale(mu, nu).astype(new.gradient.dtype)
+
+
+def _is_real(at: jax.Array, rows: int, launch: Launch) -> jax.Array | None:
+    """Which positions are not padding; None if none is."""
+    if launch.cell == launch.blocks * launch.block:
+        return None
+    row = pl.program_id(0) * rows + lax.broadcasted_iota(jnp.int32, at.shape, 0)
+    return lax.rem(row, launch.blocks) * launch.block + at < launch.cell
+
+
+def _add_stored(
+    moments: list[Any], old: Rows, scalars: Scalars, at: list[jax.Array], k: int
+) -> list[Any]:
+    """Adds each entry of all rows where it belongs."""
+    indices = old.indices[...].astype(jnp.int32)
+    values = old.values[...].astype(jnp.float32)
+    column = lax.broadcasted_iota(jnp.int32, indices.shape, 1)
+
+    def add(entry: jax.Array, moments: list[Any]) -> list[Any]:
+        here = column == entry
+        index = jnp.sum(jnp.where(here, indices, 0), axis=1, keepdims=True)
+        value = jnp.sum(jnp.where(here, values, 0), axis=1, keepdims=True)
+        slot = lax.div(entry, k)
+        added = [scalars.weights[i, slot] * x for i, x in enumerate(_rows.moments(value))]
+        return [
+            tuple(
+                x + jnp.where(i == index, y, 0) for x, y in zip(pair, added, strict=True)
+            )
+            for pair, i in zip(moments, at, strict=True)
+        ]
+
+    return lax.fori_loop(0, indices.shape[1], add, moments)
+
+
+def _write_slot(
+    old: Rows,
+    new: Rows,
+    start: jax.Array,
+    masks: list[jax.Array],
+    newest: list[jax.Array],
+    at: list[jax.Array],
+    k: int,
+) -> None:
+    """What is selected, by ascending position, over the oldest slot."""
+    column = lax.broadcasted_iota(jnp.int32, old.indices.shape, 1)
+    positions = _rows.each(lambda m, i: jnp.where(m, i, _rows.NOWHERE), masks, at)
+
+    def put(rank: jax.Array, state: Any) -> Any:
+        indices, values, last = state
+        left = [jnp.where(i > last, i, _rows.NOWHERE) for i in positions]
+        index = _rows.reduce(jnp.minimum, jnp.min, left)
+        value = _rows.reduce(
+            jnp.add,
+            jnp.sum,
+            _rows.each(lambda i, x: jnp.where(i == index, x, 0), at, newest),
+        )
+        here = column == start + rank
+        return jnp.where(here, index, indices), jnp.where(here, value, values), index
+
+    indices = old.indices[...].astype(jnp.int32)
+    values = old.values[...].astype(jnp.float32)
+    first = jnp.full((indices.shape[0], 1), -1, jnp.int32)
+    indices, values, _ = lax.fori_loop(0, k, put, (indices, values, first))
+    new.indices[...] = indices.astype(new.indices.dtype)
+    new.values[...] = values.astype(new.values.dtype)
