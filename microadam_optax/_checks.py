@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from microadam_optax._blocks import Layout, layout
+from microadam_optax._implementation import INTERPRETED, reason_against
 from microadam_optax._state import Form, LeafState, Settings, form_of
 
 STATIC_ARGS = (
@@ -24,6 +25,8 @@ STATIC_ARGS = (
     "seed",
     "implementation",
 )
+
+_NO_KERNEL = '`implementation="pallas"` has no kernel for'
 
 
 def check_arguments(
@@ -57,12 +60,23 @@ def check_arguments(
     if not isinstance(stochastic_rounding, bool | np.bool_):
         raise TypeError(_sentence("stochastic_rounding", "a bool", stochastic_rounding))
     _integer("seed", seed, "an integer")
-    if implementation == "pallas":
+    known = (None, "xla", "pallas", *INTERPRETED)
+    names = '"xla", "pallas" or None'
+    _require(implementation in known, "implementation", names, implementation)
+    if implementation == "pallas" and (alpha or stochastic_rounding):
+        reason = "`alpha`" if alpha else "`stochastic_rounding`"
+        raise NotImplementedError(f"{_NO_KERNEL} {reason}; use None, which chooses.")
+
+
+def check_kernel(path: Any, dtype: Any, at: Layout, settings: Settings) -> None:
+    """Raises NotImplementedError if a kernel is named that cannot update a leaf."""
+    if settings.implementation != "pallas":
+        return
+    reason = reason_against(at, dtype, settings, stochastic=False)
+    if reason is not None:
         raise NotImplementedError(
-            '`implementation="pallas"` does not exist yet; use "xla" or None.'
+            f"{_NO_KERNEL} {reason}, as in {name(path)}; use None, which chooses."
         )
-    known = implementation is None or implementation == "xla"
-    _require(known, "implementation", '"xla" or None', implementation)
 
 
 def check_leaf(what: str, path: Any, leaf: Any) -> None:

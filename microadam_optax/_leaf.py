@@ -11,6 +11,7 @@ from jax import lax
 from microadam_optax import (
     _blocks,
     _chunks,
+    _implementation,
     _moments,
     _quantize,
     _specs,
@@ -59,7 +60,7 @@ def update_blocks(leaf: Leaf, step: Step, cell: int | None, settings: Settings) 
       The update in the gradient's place and dtype, new codes and ranges, and the
       ``k`` new entries of each row (not the whole window) as indices and values.
     """
-    window, _, _, bits, alpha = settings
+    window, bits, alpha = settings.window, settings.bits, settings.alpha
     blocks, block = leaf.codes.shape[-2], leaf.codes.shape[-1] * 8 // bits
     k = settings.k(block)
     padding = _blocks.padding_mask(blocks, block, cell)
@@ -162,12 +163,23 @@ def _update_leaf(
 
         return _chunks.in_chunks(piece, leaf, starts, axis, chunks, after)
 
-    if chunks == 1:
-        leaf, after = whole(leaf, after)
-    else:
-        leaf, after = lax.platform_dependent(
-            leaf, after, cuda=whole, rocm=whole, default=in_chunks
+    def kernel(
+        platform: str, interpret: bool, leaf: Leaf, after: jax.Array
+    ) -> tuple[Leaf, jax.Array]:
+        leaf = leaf._replace(gradient=leaf.gradient.reshape(*at.grid, at.cell))
+        new = _implementation.kernels().update(
+            platform, leaf, step, at=at, settings=settings, interpret=interpret
         )
+        return new, after
+
+    xla = {"default": whole}
+    if chunks > 1:
+        xla = {"cuda": whole, "rocm": whole, "default": in_chunks}
+    args = (at, leaf.gradient.dtype, settings, step.key is not None)
+    possible = leaf.gradient.size and not _implementation.reason_against(*args)
+    leaf, after = _implementation.run(
+        settings.implementation, xla, kernel if possible else None, leaf, after
+    )
     update = _blocks.join(leaf.gradient.reshape(*at.grid, at.cell), at)
     return leaf._replace(gradient=update, rows=None), after
 

@@ -57,7 +57,8 @@ def scale_by_microadam(
         method.
       stochastic_rounding: Rounds the error's codes up or down at random, unbiased.
       seed: Seed of that randomness.
-      implementation: ``"xla"``, or None to choose.
+      implementation: ``"xla"``, ``"pallas"`` for the fused kernel of a GPU or TPU, or
+        None to choose what is known to be faster.
 
     Returns:
       A transformation whose state is a `MicroAdamState`. Updates have the shapes
@@ -96,7 +97,9 @@ def scale_by_microadam(
         seed=seed,
         implementation=implementation,
     )
-    settings = _states.Settings(window, density, block_size, error_bits, alpha)
+    settings = _states.Settings(
+        window, density, block_size, error_bits, alpha, implementation
+    )
 
     def init_fn(params: optax.Params) -> MicroAdamState:
         leaves, tree = _flatten(params)
@@ -107,7 +110,9 @@ def scale_by_microadam(
         for (path, leaf), cut in zip(leaves, grids, strict=True):
             _checks.check_leaf("Parameters", path, leaf)
             cut = _checks.check_grid(path, jnp.shape(leaf), cut)
-            layouts.append(_blocks.layout(jnp.shape(leaf), block_size, shards, cut))
+            at = _blocks.layout(jnp.shape(leaf), block_size, shards, cut)
+            _checks.check_kernel(path, jnp.result_type(leaf), at, settings)
+            layouts.append(at)
         key = jax.random.key_data(jax.random.key(seed)) if stochastic_rounding else None
         states = [
             _states.zeros(at, settings, _specs.of(leaf))
@@ -129,7 +134,9 @@ def scale_by_microadam(
         for (path, gradient), old in zip(leaves, states, strict=True):
             _checks.check_leaf("Gradients", path, gradient)
             shape = jnp.shape(gradient)
-            layouts.append(_checks.check_state(path, shape, old, state.ages, settings))
+            at = _checks.check_state(path, shape, old, state.ages, settings)
+            _checks.check_kernel(path, jnp.result_type(gradient), at, settings)
+            layouts.append(at)
         float32 = functools.partial(jnp.asarray, dtype=jnp.float32)
         count = optax.safe_increment(state.count)
         decays = float32(b1), float32(b2)

@@ -47,6 +47,7 @@ class Settings(NamedTuple):
     block_size: int
     bits: int  # of an error code
     alpha: float
+    implementation: str | None = None
 
     def k(self, block: int) -> int:
         """Entries selected in a block."""

@@ -64,7 +64,7 @@ class Chosen(NamedTuple):
 
 
 def largest(
-    accumulated: list[jax.Array], at: list[jax.Array], real: jax.Array, k: int
+    accumulated: list[jax.Array], at: list[jax.Array], real: list[jax.Array], k: int
 ) -> Chosen:
     keys = each(lambda x, mask: jnp.where(mask, magnitude(x), -1), accumulated, real)
     if k > FEW:
@@ -137,33 +137,33 @@ def _last_tie(
 
 def quantize(
     rest: list[jax.Array], bits: int
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+) -> tuple[list[jax.Array], tuple[jax.Array, jax.Array]]:
     """Bytes, and the two ends of their range.
 
-    The selected elements are 0 here, so that the bits of the high end are the largest
-    as signed integers, those of a low end below 0 the largest as unsigned ones.
+    The selected elements are 0 here, so the ends are not above and not below 0, where
+    the bits of a float are in order as integers.
     """
-    words = [_bits(x) for x in rest]
-    highest = reduce(jnp.maximum, jnp.max, words)
-    unsigned = reduce(jnp.maximum, jnp.max, [x.astype(jnp.uint32) for x in words])
-    lowest = jnp.minimum(unsigned.astype(jnp.int32), 0)
-    nan = (highest > _INFINITY) | ((lowest & 0x7FFFFFFF) > _INFINITY)
-    low, high = (
-        rounded(jnp.where(nan, jnp.nan, _float(end)), 16) for end in (lowest, highest)
+    highest = reduce(jnp.maximum, jnp.max, [_bits(x) for x in rest])
+    lowest = reduce(jnp.maximum, jnp.max, [_bits(-x) for x in rest])
+    nan = jnp.maximum(highest, lowest) > _INFINITY
+    high, low = (
+        rounded(jnp.where(nan, jnp.nan, _float(jnp.maximum(end, 0))), 16)
+        for end in (highest, lowest)
     )
+    low = 0 - low
     step = _step(low, high, bits)
     top = 2**bits - 1
     kept = jnp.where(step > 0, top, 0)  # of the bits of a code
-    number = len(rest) * bits // 8
-    bytes_ = [0] * number
-    for part, x in enumerate(rest):
+    shown = []
+    for x in rest:
         code = jnp.clip(jnp.floor((x - low) / step + jnp.float32(0.5)), 0, top)
-        shift = bits * (part // number)
-        bytes_[part % number] |= (_bits(code + _MAGIC) & kept) << shift
-    return [x.astype(jnp.uint8) for x in bytes_], (
-        low.astype(jnp.bfloat16),
-        high.astype(jnp.bfloat16),
-    )
+        shown.append(_bits(code + _MAGIC) & kept)
+    number = len(rest) * bits // 8  # of bytes that a row has at one lane
+    bytes_ = shown[:number]
+    for part, code in enumerate(shown[number:], number):
+        bytes_[part % number] |= code << (bits * (part // number))
+    low, high = low.astype(jnp.bfloat16), high.astype(jnp.bfloat16)
+    return [byte.astype(jnp.uint8) for byte in bytes_], (low, high)
 
 
 def dequantize(
@@ -178,7 +178,14 @@ def moments(value: jax.Array) -> tuple[jax.Array, jax.Array]:
     return value, value * value
 
 
-def rescale(debias_mu, debias_nu, eps, mu: jax.Array, nu: jax.Array) -> jax.Array:
+def rescale(
+    debias_mu: jax.Array,
+    debias_nu: jax.Array,
+    eps: jax.Array,
+    mu: jax.Array,
+    nu: jax.Array,
+) -> jax.Array:
+    """The update."""
     return debias_mu * mu / (jnp.sqrt(debias_nu * nu) + eps)
 
 

@@ -73,7 +73,8 @@ def _update_rows(
     window = 1 if old.indices is None else 1 + old.indices.shape[1] // launch.k
     lanes = _lanes(width, window, launch.k)
     store = functools.partial(_store, interpret=launch.interpret)
-    rescale = functools.partial(_rows.rescale, *(scalars.factors[i] for i in range(3)))
+    debias_mu, debias_nu, eps = (scalars.factors[i] for i in range(3))
+    rescale = functools.partial(_rows.rescale, debias_mu, debias_nu, eps)
     place = _place(old, launch, rows)
     lane = lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
     columns = [lane + first for first in range(0, width, lanes)]
@@ -103,8 +104,8 @@ def _update_rows(
     codes, ends = _rows.quantize(rest, launch.bits)
     for i, mask, code in zip(columns, filled, codes, strict=True):
         store(new.codes, (place.row, i), code, mask)
-    for i, end in enumerate(ends):
-        store(new.ranges, (place.row, i), end, place.exists)
+    for column, end in enumerate(ends):
+        store(new.ranges, (place.row, column), end, place.exists)
     for i, x, mask in zip(at, newest, inside, strict=True):
         x = jnp.zeros_like(x) if older else rescale(*_rows.moments(_rows.rounded(x, 16)))
         store(new.gradient, (place.cell, place.begin + i), x, mask)
@@ -173,9 +174,9 @@ def _write_slot(
         store(new.indices, (place.row, start + rank), i, mask)
         store(new.values, (place.row, start + rank), value, mask)
 
-    for i, value in chosen.found:
-        lower = [(other < i).astype(jnp.int32) for other, _ in chosen.found]
-        put(functools.reduce(operator.add, lower), i, value, place.exists)
+    for index, value in chosen.found:
+        lower = [(other < index).astype(jnp.int32) for other, _ in chosen.found]
+        put(functools.reduce(operator.add, lower), index, value, place.exists)
     if chosen.found:
         return
     before = jnp.full_like(place.row, -1)
