@@ -96,16 +96,16 @@ def _partitioned(rank: int, *, windowed: bool) -> Any:
         shardings = (jax.tree.map(lambda x: x.sharding, tree) for tree in (result, args))
         return mesh, local, *shardings
 
-    grid = [f"g{i}" for i in range(rank)]
-    own = ["cell", "blocks bytes", "blocks ends"] + ["blocks entries"] * 2 * windowed
-    rows = ", ".join(" ".join([*grid, axes]) for axes in own)
-    scalars = "factors, start, moments slots" if windowed else "factors"
-    whole = set(f"{' '.join(own)} {scalars}".replace(",", "").split())
+    # Letters name axes: cells, the blocks in a cell, their bytes, ranges and entries.
+    grid = " ".join(f"g{i}" for i in range(rank))
+    own = ["c", "b n", "b r"] + ["b e", "b e"] * windowed
+    rows = ", ".join(f"{grid} {axes}" for axes in own)
+    scalars = "f, s, m w" if windowed else "f"
     f = custom_partitioning(_update_local, static_argnums=(2, 3))
     f.def_partition(
         partition=partition,
         sharding_rule=f"{rows}, {scalars} -> {rows}",
-        need_replication_factors=tuple(sorted(whole)),
+        need_replication_factors=tuple("cbnrefsmw" if windowed else "cbnrf"),
     )
     return f
 
