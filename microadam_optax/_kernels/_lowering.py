@@ -28,18 +28,17 @@ def only_on(platform: str, x: jax.Array) -> jax.Array:
     return _only_on.bind(x, platform=platform)
 
 
-def quietly(f: Callable, *args: Any) -> Any:
-    """``f(*args)`` for trees of arrays, lowered without deprecation warnings."""
-    leaves, tree = jax.tree.flatten(args)
-    shapes = jax.eval_shape(f, *args)
-    flat = functools.partial(_flat, f, tree)
-    avals = tuple((x.shape, x.dtype) for x in jax.tree.leaves(shapes))
-    results = _quietly.bind(*leaves, f=flat, avals=avals)
-    return jax.tree.unflatten(jax.tree.structure(shapes), results)
+def quietly(f: Callable, tree: Any, *rest: Any) -> Any:
+    """``f(tree, *rest)``, a tree like the first, lowered without such warnings."""
+    leaves, structure = jax.tree.flatten((tree, *rest))
+    number = len(jax.tree.leaves(tree))
+    flat = functools.partial(_flat, f, structure)
+    results = _quietly.bind(*leaves, f=flat, number=number)
+    return jax.tree.unflatten(jax.tree.structure(tree), results)
 
 
-def _flat(f: Callable, tree: Any, *leaves: Any) -> list[Any]:
-    return jax.tree.leaves(f(*jax.tree.unflatten(tree, leaves)))
+def _flat(f: Callable, structure: Any, *leaves: Any) -> list[Any]:
+    return jax.tree.leaves(f(*jax.tree.unflatten(structure, leaves)))
 
 
 @_only_on.def_abstract_eval
@@ -49,9 +48,9 @@ def _same(x: Any, *, platform: str) -> Any:
 
 
 @_quietly.def_abstract_eval
-def _shapes(*_: Any, f: Callable, avals: Any) -> Any:
+def _like_first(*avals: Any, f: Callable, number: int) -> Any:
     del f
-    return [jax.core.ShapedArray(*aval) for aval in avals]
+    return list(avals[:number])
 
 
 def _lower_only_on(ctx: Any, x: Any, *, platform: str) -> Any:
@@ -64,8 +63,8 @@ def _lower_only_on(ctx: Any, x: Any, *, platform: str) -> Any:
     return [x]
 
 
-def _lower_quietly(ctx: Any, *args: Any, f: Callable, avals: Any) -> Any:
-    del avals
+def _lower_quietly(ctx: Any, *args: Any, f: Callable, number: int) -> Any:
+    del number
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*Triton", DeprecationWarning)
         return mlir.lower_fun(f, multiple_results=True)(ctx, *args)

@@ -53,7 +53,12 @@ def update(
 
     `rows` and `warps` are those of a program.
     """
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), old)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type
+        ),
+        old,
+    )
     (new,) = pl.pallas_call(
         functools.partial(_update_rows, launch=launch, rows=rows),
         out_shape=(shapes,),
