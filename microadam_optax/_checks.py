@@ -63,14 +63,14 @@ def check_arguments(
     known = (None, "xla", "pallas", *INTERPRETED)
     names = '"xla", "pallas" or None'
     _require(implementation in known, "implementation", names, implementation)
-    if implementation == "pallas" and (alpha or stochastic_rounding):
+    if implementation not in (None, "xla") and (alpha or stochastic_rounding):
         reason = "`alpha`" if alpha else "`stochastic_rounding`"
         raise NotImplementedError(f"{_NO_KERNEL} {reason}; use None, which chooses.")
 
 
 def check_kernel(path: Any, dtype: Any, at: Layout, settings: Settings) -> None:
     """Raises NotImplementedError if a kernel is named that cannot update a leaf."""
-    if settings.implementation != "pallas":
+    if settings.implementation in (None, "xla"):
         return
     reason = reason_against(at, dtype, settings, stochastic=False)
     if reason is not None:

@@ -166,11 +166,12 @@ def _update_leaf(
     def kernel(
         platform: str, interpret: bool, leaf: Leaf, after: jax.Array
     ) -> tuple[Leaf, jax.Array]:
-        leaf = leaf._replace(gradient=leaf.gradient.reshape(*at.grid, at.cell))
+        flat = leaf._replace(gradient=leaf.gradient.reshape(*at.grid, at.cell))
         new = _implementation.kernels().update(
-            platform, leaf, step, at=at, settings=settings, interpret=interpret
+            platform, flat, step, at=at, settings=settings, interpret=interpret
         )
-        return new, after
+        update = new.gradient.reshape(leaf.gradient.shape)
+        return new._replace(gradient=update), after
 
     xla = {"default": whole}
     if chunks > 1:

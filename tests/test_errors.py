@@ -69,11 +69,6 @@ def test_inject_hyperparams_without_static_args_says_what_to_do():
         tx.init(jnp.ones(3))
 
 
-def test_pallas_is_refused():
-    with pytest.raises(NotImplementedError, match="pallas"):
-        scale_by_microadam(implementation="pallas")
-
-
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, bool, jnp.complex64])
 def test_leaves_that_are_not_real_floats(dtype):
     tx = scale_by_microadam()

@@ -127,11 +127,11 @@ def _last_tie(
     bits = (len(at) * at[0].shape[1] - 1).bit_length()
 
     def next_bit(i: jax.Array, last: jax.Array) -> jax.Array:
-        bit = jnp.left_shift(1, bits - 1 - i)
+        bit = jnp.left_shift(jnp.int32(1), bits - 1 - i)
         before = _count([tie - (last + bit) for tie in ties])
         return jnp.where(before < missing, last + bit, last)
 
-    last = lax.fori_loop(0, bits, next_bit, jnp.zeros_like(kth))
+    last = lax.fori_loop(jnp.int32(0), jnp.int32(bits), next_bit, jnp.zeros_like(kth))
     return jnp.where(missing > 0, last, -1)
 
 

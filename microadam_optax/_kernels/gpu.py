@@ -139,8 +139,8 @@ def _place(old: Rows, launch: Launch, rows: int) -> _Place:
     exists = row < old.codes.shape[0]
     if launch.blocks == 1:
         return _Place(row, row, 0, exists)
-    begin = lax.rem(row, launch.blocks) * launch.block
-    return _Place(row, lax.div(row, launch.blocks), begin, exists)
+    cell, block = _divmod(row, launch.blocks)
+    return _Place(row, cell, block * launch.block, exists)
 
 
 def _filled(place: _Place, column: jax.Array, width: int) -> jax.Array:
@@ -189,7 +189,7 @@ def _write_slot(
         masks = chosen.masks[first : first + 4]
         flags = [mask.astype(jnp.int32) << (8 * i) for i, mask in enumerate(masks)]
         word = functools.reduce(operator.or_, flags)
-        ranks = jnp.cumsum(word, axis=1)
+        ranks = lax.cumsum(word, axis=1)
         totals = jnp.sum(word, axis=1, keepdims=True, dtype=jnp.int32)
         for i, mask in enumerate(masks):
             rank = before + ((ranks >> (8 * i)) & 255)
@@ -222,8 +222,8 @@ def _older(
     mask = place.exists & (entry < size)
     index = _load(old.indices, (place.row, entry), mask).astype(jnp.int32)
     mask = _inside(place, index, mask, launch)
-    byte = _load(old.codes, (place.row, lax.rem(index, width)), mask)
-    part = lax.div(index, width)
+    part, column = _divmod(index, width)
+    byte = _load(old.codes, (place.row, column), mask)
     accumulated = _add_gradient(old, place, index, error(byte, part), mask)
     key = _rows.magnitude(accumulated)
     again = (key > chosen.kth) | ((key == chosen.kth) & (index <= chosen.last))
@@ -249,6 +249,12 @@ def _at(index: jax.Array, old: Rows, place: _Place, slot: range) -> jax.Array:
         stored = _load(old.values, (place.row, i), place.exists).astype(jnp.float32)
         value = jnp.where(index == here, stored, value)
     return value
+
+
+def _divmod(x: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
+    """Of numbers that are not negative, for which hardware needs no corrections."""
+    divisor = jnp.full_like(x, by)
+    return lax.div(x, divisor), lax.rem(x, divisor)
 
 
 def _load(ref: Any, index: Any, mask: jax.Array) -> jax.Array:

@@ -99,7 +99,8 @@ def _is_real(at: jax.Array, rows: int, launch: Launch) -> jax.Array | None:
     if launch.cell == launch.blocks * launch.block:
         return None
     row = pl.program_id(0) * rows + lax.broadcasted_iota(jnp.int32, at.shape, 0)
-    return lax.rem(row, launch.blocks) * launch.block + at < launch.cell
+    block = lax.rem(row, jnp.full_like(row, launch.blocks))
+    return block * launch.block + at < launch.cell
 
 
 def _add_stored(
@@ -114,7 +115,7 @@ def _add_stored(
         here = column == entry
         index = jnp.sum(jnp.where(here, indices, 0), axis=1, keepdims=True)
         value = jnp.sum(jnp.where(here, values, 0), axis=1, keepdims=True)
-        slot = lax.div(entry, k)
+        slot = lax.div(entry, jnp.int32(k))
         added = [scalars.weights[i, slot] * x for i, x in enumerate(_rows.moments(value))]
         return [
             tuple(
@@ -123,7 +124,7 @@ def _add_stored(
             for pair, i in zip(moments, at, strict=True)
         ]
 
-    return lax.fori_loop(0, indices.shape[1], add, moments)
+    return lax.fori_loop(jnp.int32(0), jnp.int32(indices.shape[1]), add, moments)
 
 
 def _write_slot(
@@ -154,6 +155,8 @@ def _write_slot(
     indices = old.indices[...].astype(jnp.int32)
     values = old.values[...].astype(jnp.float32)
     first = jnp.full((indices.shape[0], 1), -1, jnp.int32)
-    indices, values, _ = lax.fori_loop(0, k, put, (indices, values, first))
+    indices, values, _ = lax.fori_loop(
+        jnp.int32(0), jnp.int32(k), put, (indices, values, first)
+    )
     new.indices[...] = indices.astype(new.indices.dtype)
     new.values[...] = values.astype(new.values.dtype)

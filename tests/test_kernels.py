@@ -1,0 +1,282 @@
+"""The kernels give XLA's bits, interpreted, and lower for their platforms, on a CPU."""
+
+import contextlib
+import pathlib
+import shutil
+import subprocess
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+
+import microadam_optax
+from meshes import cases_on, collectives, make_mesh
+from microadam_optax import _implementation, scale_by_microadam, state_shardings
+
+INTERPRETED = tuple(_implementation.INTERPRETED)
+CALLS = {"cuda": "xla.gpu.triton", "tpu": "tpu_custom_call"}
+F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
+CASES = {  # shape of a leaf, its dtype, arguments
+    "one by one": ((5, 256), F32, {}),
+    "the most one by one": ((3, 256), F32, {"window": 4, "density": 0.0156}),
+    "the fewest by bisection": ((3, 256), F32, {"window": 4, "density": 0.0157}),
+    "window 1": ((9, 256), BF16, {"window": 1, "density": 0.12}),
+    "window 1, one entry": ((2, 256), F16, {"window": 1, "density": 0.001}),
+    "window 2": ((4, 512), BF16, {"window": 2, "density": 0.06}),
+    "the most entries": ((3, 256), F32, {"window": 2, "density": 0.25}),
+    "the most slots": ((3, 100), F32, {"window": 128, "density": 0.001}),
+    "eight bits": ((3, 256), F32, {"window": 3, "density": 0.04, "error_bits": 8}),
+    "two bits": ((3, 200), BF16, {"window": 3, "density": 0.04, "error_bits": 2}),
+    "padded cells": ((2, 11008), BF16, {"window": 2, "density": 0.06}),
+    "lanes left over": ((4, 768), F32, {"window": 2, "density": 0.06}),
+    "a cell of 5": ((2, 5), F32, {"window": 2, "density": 0.9, "block_size": 8}),
+    "more selected than there is": ((3, 3), F32, {"window": 3, "density": 1.0}),
+}
+
+
+def gradients(shape, dtype, steps=25):
+    """Heavy tails, ties, empty rows, and numbers that nobody wants."""
+    rng = np.random.default_rng(0)
+    for step in range(steps):
+        g = rng.normal(size=shape) * np.exp(2 * rng.normal(size=shape))
+        rows = g.reshape(-1, shape[-1])
+        if step % 4 == 1:
+            g = np.round(g)
+        if step % 5 == 2:
+            rows[0] = 0
+        if step % 7 == 3:
+            rows[-1] = 0.5
+        if step == 9:
+            rows[0, :2] = 3e4, -3e4
+        if step == 20:
+            rows[0, 0] = np.nan
+        if step == 22:
+            rows[-1, :2] = np.inf, -np.inf
+        yield jnp.asarray(g, dtype)
+
+
+def run(shape, dtype, arguments, implementation):
+    tx = scale_by_microadam(**arguments, implementation=implementation)
+    update, state = jax.jit(tx.update), tx.init(jnp.zeros(shape, dtype))
+    for gradient in gradients(shape, dtype):
+        updates, state = update(gradient, state)
+        yield updates, state
+
+
+@pytest.mark.parametrize("implementation", INTERPRETED)
+@pytest.mark.parametrize("case", CASES)
+def test_trajectories_are_those_of_xla(case, implementation):
+    shape, dtype, arguments = CASES[case]
+    both = zip(
+        run(shape, dtype, arguments, "xla"),
+        run(shape, dtype, arguments, implementation),
+        strict=True,
+    )
+    # Moments are sums of up to `window` products that each may be rounded otherwise,
+    # and an update is at most about 10.
+    roundings = 4 * arguments.get("window", 10) + 12
+    atol = 10 * roundings * 2.0**-24
+    for (updates, state), (own_updates, own_state) in both:
+        assert own_updates.dtype == dtype
+        for ours, theirs in zip(
+            jax.tree.leaves(own_state), jax.tree.leaves(state), strict=True
+        ):
+            assert ours.dtype == theirs.dtype
+            np.testing.assert_array_equal(ours.astype(F32), theirs.astype(F32))
+        np.testing.assert_allclose(
+            own_updates.astype(F32),
+            updates.astype(F32),
+            rtol=float(jnp.finfo(dtype).eps),
+            atol=atol,
+        )
+
+
+def test_a_tree_of_all_kinds_of_leaves():
+    tree = {
+        "scalar": jnp.ones(()),
+        "empty": jnp.ones((0, 3)),
+        "bias": jnp.linspace(-1, 1, 37, dtype=BF16),
+        "cube": jnp.linspace(-1, 2, 6 * 5 * 64).reshape(6, 5, 64),
+    }
+    results = {}
+    for implementation in ("xla", *INTERPRETED):
+        tx = scale_by_microadam(window=2, implementation=implementation)
+        results[implementation] = jax.jit(tx.update)(tree, tx.init(tree))
+    for implementation in INTERPRETED:
+        ours, theirs = results[implementation], results["xla"]
+        jax.tree.map(np.testing.assert_array_equal, ours[1], theirs[1])
+        assert jax.tree.map(jnp.shape, ours[0]) == jax.tree.map(jnp.shape, theirs[0])
+
+
+def lower(tx, params, platform):
+    """The text of the donated update for a platform that is not here."""
+    here = contextlib.nullcontext()
+    if platform == "cuda":
+        gpu = AbstractDevice("NVIDIA H200", 132, "gpu")
+        here = use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu))
+    step = jax.jit(tx.update, donate_argnums=(0, 1))
+    with here:
+        traced = step.trace(params, jax.eval_shape(tx.init, params))
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("platform", CALLS)
+@pytest.mark.parametrize("case", CASES)
+def test_it_lowers_on_a_cpu_without_a_warning(case, platform):
+    shape, dtype, arguments = CASES[case]
+    tx = scale_by_microadam(**arguments, implementation="pallas")
+    leaf = jax.ShapeDtypeStruct(shape, dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text = lower(tx, leaf, platform)
+    assert text.count(CALLS[platform]) == 1
+    if not (platform == "tpu" and dtype == F16):  # which it computes in float32
+        call = text[text.index(CALLS[platform]) :]
+        arrays = len(jax.tree.leaves(jax.eval_shape(tx.init, leaf))) - 1
+        arrays -= arguments.get("window", 10) > 1  # count and ages are not the kernel's
+        assert call.count("output_operand_alias<") >= arrays + 1
+
+
+def test_none_chooses_only_what_was_measured(monkeypatch):
+    leaf = jax.ShapeDtypeStruct((4, 256), F32)
+    tx = scale_by_microadam()
+    for platform, call in CALLS.items():
+        chosen = platform in _implementation.CHOSEN
+        assert (call in lower(tx, leaf, platform)) == chosen
+    monkeypatch.setattr(_implementation, "CHOSEN", tuple(CALLS))
+    jax.clear_caches()  # what is chosen is no argument of what is cached
+    for platform, call in CALLS.items():
+        assert call in lower(tx, leaf, platform)
+        large = jax.ShapeDtypeStruct((8192,), F32)
+        other = scale_by_microadam(block_size=1024)
+        assert call not in lower(other, large, platform)
+    jax.clear_caches()
+    state = tx.init(jnp.ones((4, 256)))
+    tx.update(jnp.ones((4, 256)), state)  # and runs here without one
+
+
+def test_a_named_one_runs_or_says_why():
+    tx = scale_by_microadam(implementation="pallas")
+    with pytest.raises(NotImplementedError, match="cuda and tpu, not for cpu"):
+        jax.jit(tx.update)(jnp.ones(8), tx.init(jnp.ones(8)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        ({"alpha": 0.1}, "`alpha`"),
+        ({"stochastic_rounding": True}, "`stochastic_rounding`"),
+        ({"block_size": 264}, r"blocks of more than 256 elements, as in \['b'\]\[0\]"),
+        ({"window": 1, "density": 0.26}, r"more than 64 selected .* in \['b'\]\[0\]"),
+        ({"window": 9, "density": 0.056}, r"more than 128 entries .* in \['b'\]\[0\]"),
+    ],
+)
+def test_what_has_no_kernel(arguments, what):
+    size = 8 * arguments.get("block_size", 256)
+    params = {"a": jnp.ones(3), "b": [jnp.ones(size)]}
+
+    def init():
+        scale_by_microadam(**arguments, implementation="pallas").init(params)
+
+    with pytest.raises(NotImplementedError, match=what):
+        init()
+
+
+def test_float64_has_no_kernel():
+    with jax.enable_x64(True):
+        tx = scale_by_microadam(implementation="pallas")
+        state = tx.init(jnp.ones(8, F32))
+        with pytest.raises(NotImplementedError, match="64-bit"):
+            tx.update(jnp.ones(8, jnp.float64), state)
+
+
+@pytest.mark.parametrize("implementation", INTERPRETED)
+@pytest.mark.parametrize("case", ["one by one", "padded cells"])
+def test_x64_mode_changes_nothing(case, implementation):
+    shape, dtype, arguments = CASES[case]
+    *_, plain = run(shape, dtype, arguments, implementation)
+    with jax.enable_x64(True):
+        *_, wide = run(shape, dtype, arguments, implementation)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(wide), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a.astype(F32), b.astype(F32))
+
+
+ON_MESHES = [
+    ("fsdp 4, tp 2", AxisType.Auto, {"window": 2, "density": 0.06}),
+    ("fsdp 2, tp 4", AxisType.Explicit, {"window": 1, "density": 0.12}),
+]
+
+
+@pytest.mark.parametrize("implementation", INTERPRETED)
+@pytest.mark.parametrize(("name", "kind", "arguments"), ON_MESHES)
+def test_on_meshes_nothing_is_sent_and_bits_are_equal(
+    name, kind, arguments, implementation
+):
+    tx = scale_by_microadam(**arguments, implementation=implementation)
+    mesh = make_mesh(name, kind)
+    wanted = ("rows and columns", "attention, embed and heads", "MLP up, both")
+    some = {case: at for case, at in cases_on(name).items() if case in wanted}
+    rng = np.random.default_rng(0)
+    gradient = {n: jnp.asarray(rng.normal(size=c.small), BF16) for n, c in some.items()}
+    want = jax.jit(tx.update)(gradient, tx.init(gradient))
+    with jax.set_mesh(mesh):
+        own = {n: jax.NamedSharding(mesh, c.spec) for n, c in some.items()}
+        placed = jax.device_put(gradient, own)
+        held = state_shardings(tx, placed)
+        state = jax.jit(tx.init, out_shardings=held)(placed)
+        step = jax.jit(tx.update, donate_argnums=(0, 1), out_shardings=(own, held))
+        compiled = step.lower(placed, state).compile()
+        assert collectives(compiled) == {}
+        got = compiled(placed, state)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(a.astype(F32), b.astype(F32))
+
+
+@pytest.mark.parametrize("platform", CALLS)
+def test_in_a_shard_map(platform):
+    mesh = make_mesh("fsdp 8")
+    tx = scale_by_microadam(window=2, implementation="pallas")
+    state = tx.init(jnp.ones((8, 64)))
+    specs = jax.tree.map(lambda x: jax.P("fsdp") if x.ndim > 1 else jax.P(), state)
+    gpu = AbstractDevice("NVIDIA H200", 132, "gpu")
+    axes = AbstractMesh((8,), ("fsdp",), (AxisType.Auto,), abstract_device=gpu)
+    with use_abstract_mesh(axes) if platform == "cuda" else contextlib.nullcontext():
+        update = jax.shard_map(
+            tx.update,
+            mesh=axes if platform == "cuda" else mesh,
+            in_specs=(jax.P("fsdp"), specs),
+            out_specs=(jax.P("fsdp"), specs),
+        )
+        traced = jax.jit(update).trace(jnp.ones((8, 64)), state)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count(CALLS[platform]) == 1
+
+
+def test_the_package_works_without_its_kernels(tmp_path):
+    source = pathlib.Path(microadam_optax.__file__).parent
+    ignored = shutil.ignore_patterns("_kernels", "__pycache__")
+    shutil.copytree(source, tmp_path / "microadam_optax", ignore=ignored)
+    program = """
+import jax.numpy as jnp
+from microadam_optax import microadam
+tx = microadam(0.1)
+print(tx.update(jnp.ones(8), tx.init(jnp.ones(8)))[0].shape)
+try:
+    microadam(0.1, implementation="pallas").init(jnp.ones(8))
+except NotImplementedError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "(8,)" in done.stdout
+    assert "an installation without" in done.stdout
