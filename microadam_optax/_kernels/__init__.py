@@ -92,7 +92,11 @@ def _partitioned(rank: int, *, windowed: bool) -> Any:
     def partition(
         platform: str, launch: Launch, mesh: Any, args: Any, result: Any
     ) -> Any:
-        local = functools.partial(_update_local, platform=platform, launch=launch)
+        def local(old: Rows, scalars: Scalars) -> Rows:
+            # What one device has is on no mesh, also where the program's is explicit.
+            with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+                return _update_local(old, scalars, platform, launch)
+
         shardings = (jax.tree.map(lambda x: x.sharding, tree) for tree in (result, args))
         return mesh, local, *shardings
 
