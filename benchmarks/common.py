@@ -79,10 +79,10 @@ def machine() -> dict[str, str]:
     }
 
 
-def report(name: str, results: dict) -> None:
-    """Writes benchmarks/results/NAME.json, with the machine it was measured on."""
-    folder = pathlib.Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
-    text = json.dumps({"machine": machine(), **results}, indent=1)
-    (folder / f"{name}.json").write_text(text + "\n")
-    print(f"written: {folder.name}/{name}.json")
+def report(name: str, results: dict, folder: str | None = None) -> None:
+    """Writes NAME.json, with the machine it was measured on, to benchmarks/results."""
+    own = pathlib.Path(__file__).parent / "results"
+    path = pathlib.Path(folder or own) / f"{name}.json"
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")
+    print(f"written: {path.parent.name}/{path.name}")

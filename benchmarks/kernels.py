@@ -4,9 +4,10 @@
     pip install nvidia-cuda-nvcc nvidia-cuda-cuobjdump libtpu
     python benchmarks/kernels.py
 
-Prints registers, spills and instructions of the GPU kernel for each block, with what
-XLA makes of the same update without it, and compiles the TPU kernel. The figures are
-the compilers', nothing runs. A missing compiler leaves its part out.
+With jax 0.12, whose XLA writes out the code of kernels. Prints registers, spills and
+instructions of the GPU kernel for each block, with what XLA makes of the same update
+without it, and compiles the TPU kernel. The figures are the compilers', nothing runs. A
+missing compiler leaves its part out.
 """
 
 import collections
@@ -20,17 +21,10 @@ import sysconfig
 import tempfile
 import warnings
 
-DUMP = tempfile.mkdtemp()
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # of libraries that only run code
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # which would ask the network what TPU this is
-flags = f"--xla_dump_to={DUMP} --xla_dump_emitter_re=.*"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
-
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-from jax.sharding import (  # noqa: E402
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import (
     AbstractDevice,
     AbstractMesh,
     NamedSharding,
@@ -38,9 +32,10 @@ from jax.sharding import (  # noqa: E402
     use_abstract_mesh,
 )
 
-from common import SETTINGS, report  # noqa: E402
-from microadam_optax import scale_by_microadam  # noqa: E402
+from common import SETTINGS, report
+from microadam_optax import scale_by_microadam
 
+DUMP = pathlib.Path(tempfile.gettempdir()) / "microadam_kernels"
 H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -103,7 +98,7 @@ def run(*command: str) -> str:
 
 def kernel_ptx() -> pathlib.Path:
     """The kernel that was compiled last, as XLA dumped it."""
-    dumped = sorted(pathlib.Path(DUMP).glob("*.ptx"), key=lambda p: p.stat().st_mtime)
+    dumped = sorted(DUMP.glob("*.ptx"), key=lambda p: p.stat().st_mtime)
     return [p for p in dumped if ".entry microadam" in p.read_text()][-1]
 
 
@@ -202,8 +197,19 @@ def for_tpu(device) -> list[dict]:
     return rows
 
 
+def prepare() -> None:
+    """What XLA and its plugins read when they are loaded."""
+    shutil.rmtree(DUMP, ignore_errors=True)
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # of libraries that run code
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # which asks the network what TPU this is
+    flags = f"--xla_dump_to={DUMP} --xla_dump_emitter_re=.*"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+    jax.config.update("jax_platforms", "cpu")
+
+
 def main() -> None:
     warnings.simplefilter("error", DeprecationWarning)
+    prepare()
     described = {
         "NVIDIA H200": (
             for_gpu,

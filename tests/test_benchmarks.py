@@ -6,6 +6,9 @@ import jax
 import pytest
 
 import common
+import gpu
+import kernel_cases
+import kernels
 import memory
 import sharding
 import step_time
@@ -61,3 +64,40 @@ def test_what_each_optimizer_sends():
     assert found["MicroAdam"]["collectives"] == found["AdamW"]["collectives"] == {}
     assert found["Adafactor"]["collectives"] != {}
     assert found["AdamW"]["state_bytes"] == 8 * 32 * 4096 / 8 + 4
+
+
+def test_the_check_of_a_gpu_finds_no_difference_here():
+    found = gpu.check(*kernel_cases.CASES["window 2"], steps=3)
+    assert found["passed"]
+    assert found["codes"] == found["other_state"] == 0
+
+
+def test_the_check_of_a_gpu_can_fail(monkeypatch):
+    monkeypatch.setattr(gpu, "kernel_here", lambda: "xla")
+    cases = {"density": 0.05}
+    original = gpu.scale_by_microadam
+
+    def other(implementation, density):
+        more = 0.1 if implementation == "xla" and other.called else density
+        other.called = True
+        return original(window=1, density=more, implementation=implementation)
+
+    other.called = False
+    monkeypatch.setattr(gpu, "scale_by_microadam", other)
+    assert not gpu.check((4, 256), jax.numpy.float32, cases, steps=2)["passed"]
+
+
+@pytest.mark.filterwarnings("ignore:Some donated buffers")  # gradients, in no output
+def test_a_measurement_on_a_gpu_counts_what_must_move():
+    params = [jax.numpy.ones((64, 64))]
+    tx = gpu.peers(small=True)["MicroAdam (2, 6 %), kernel"]
+    row = gpu.measure(tx, params, params, apply=True, steps=1)
+    rows, k = 16, 16  # blocks of 256
+    state = 2 * rows * (128 + 4) + rows * k * 3 + 2 * (4 + 4)  # and count and ages
+    assert row["least_bytes"] == 3 * 64 * 64 * 4 + state
+    assert row["seconds"] > 0
+
+
+@pytest.mark.parametrize(("k", "block"), [(5, 64), (31, 256), (64, 256)])
+def test_bisection_ends_soon(k, block):
+    assert 3 < kernels.passes(k, block, rows=50) < 16

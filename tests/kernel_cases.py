@@ -1,0 +1,43 @@
+"""Leaves that between them take every path through the kernels, and gradients."""
+
+import jax.numpy as jnp
+import numpy as np
+
+F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
+CASES = {  # shape of a leaf, its dtype, arguments
+    "one by one": ((5, 256), F32, {}),
+    "the most one by one": ((3, 256), F32, {"window": 4, "density": 0.0156}),
+    "the fewest by bisection": ((3, 256), F32, {"window": 4, "density": 0.0157}),
+    "window 1": ((9, 256), BF16, {"window": 1, "density": 0.12}),
+    "window 1, one entry": ((2, 256), F16, {"window": 1, "density": 0.001}),
+    "window 2": ((4, 512), BF16, {"window": 2, "density": 0.06}),
+    "the most entries": ((3, 256), F32, {"window": 2, "density": 0.25}),
+    "the most slots": ((3, 100), F32, {"window": 128, "density": 0.001}),
+    "eight bits": ((3, 256), F32, {"window": 3, "density": 0.04, "error_bits": 8}),
+    "two bits": ((3, 200), BF16, {"window": 3, "density": 0.04, "error_bits": 2}),
+    "padded cells": ((2, 11008), BF16, {"window": 2, "density": 0.06}),
+    "lanes left over": ((4, 768), F32, {"window": 2, "density": 0.06}),
+    "a cell of 5": ((2, 5), F32, {"window": 2, "density": 0.9, "block_size": 8}),
+    "more selected than there is": ((3, 3), F32, {"window": 3, "density": 1.0}),
+}
+
+
+def gradients(shape, dtype, steps=25):
+    """Heavy tails, ties, empty rows, and numbers that nobody wants."""
+    rng = np.random.default_rng(0)
+    for step in range(steps):
+        g = rng.normal(size=shape) * np.exp(2 * rng.normal(size=shape))
+        rows = g.reshape(-1, shape[-1])
+        if step % 4 == 1:
+            g = np.round(g)
+        if step % 5 == 2:
+            rows[0] = 0
+        if step % 7 == 3:
+            rows[-1] = 0.5
+        if step == 9:
+            rows[0, :2] = 3e4, -3e4
+        if step == 20:
+            rows[0, 0] = np.nan
+        if step == 22:
+            rows[-1, :2] = np.inf, -np.inf
+        yield jnp.asarray(g, dtype)
