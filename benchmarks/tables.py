@@ -84,8 +84,8 @@ def compile_table(results: dict) -> str:
 def page(memory: dict, step: dict, compilation: dict) -> str:
     return f"""# Benchmarks
 
-Written by `python benchmarks/tables.py` from `benchmarks/results/`. No accelerator was at
-hand: there is no figure of a GPU or TPU here.
+Written by `python benchmarks/tables.py` from `benchmarks/results/`. What the kernels are
+compiled to is on their [page](kernels.md).
 
 ## Bytes of state for each parameter
 
@@ -234,9 +234,86 @@ def sharding_page(text: str, results: dict) -> str:
     return text
 
 
+def gpu_code_table(results: dict) -> str:
+    """What the compiler made of the GPU kernel, and XLA's program beside it."""
+    header = ["(window, density)", "block", "k", "registers", "spilled"]
+    header += ["instructions", "a pass", "passes", "in all"]
+    header += ["kernels, XLA", "temporary, XLA"]
+    rows = []
+    for row in results["NVIDIA H200"]:
+        a_pass, passes = row["instructions_a_pass"], row["passes"]
+        loop = [str(a_pass), f"{passes:.1f}"] if a_pass else ["", ""]
+        held = " / ".join(
+            f"{row[key] / 1e6:.1f} MB"
+            for key in ("temporary_bytes", "xla_temporary_bytes")
+        )
+        rows.append(
+            [
+                row["case"],
+                *(str(row[key]) for key in ("block", "k", "registers")),
+                f"{row['spilled_bytes']} bytes",
+                str(row["instructions"]),
+                *loop,
+                f"{row['instructions'] + a_pass * passes:.0f}",
+                f"{row['kernels']} / {row['xla_kernels']}",
+                held,
+            ]
+        )
+    return table(header, rows) + f"\n\n{measured_on(results)}."
+
+
+def tpu_code_table(results: dict) -> str:
+    rows = [
+        [
+            row["case"],
+            " x ".join(map(str, row["shape"])),
+            row["dtype"],
+            *(
+                f"{row[key] / 1e6:.1f} MB"
+                for key in ("argument_bytes", "temporary_bytes", "xla_temporary_bytes")
+            ),
+        ]
+        for row in results["TPU v5e"]
+    ]
+    header = ["(window, density)", "leaf", "dtype", "arguments", "temporary", "XLA's"]
+    return table(header, rows) + f"\n\n{measured_on(results)}."
+
+
+def gpu_section(results: dict) -> str:
+    """Times on a GPU, once there are any."""
+    header = ["parameters", "dtype", "", "step", "time", "GB/s"]
+    header += ["of adamw", "of a copy", "peak"]
+    rows = [
+        [
+            row["size"],
+            row["dtype"],
+            row["name"],
+            "with apply_updates" if row["apply_updates"] else "update alone",
+            f"{row['seconds'] * 1e3:.3f} ms",
+            f"{row['bytes_a_second'] / 1e9:.0f}",
+            f"{row['ratio_to_adamw']:.2f}",
+            f"{row['ratio_to_copy']:.2f}",
+            f"{row['peak_bytes'] / 1e9:.2f} GB",
+        ]
+        for row in results["rows"]
+        if "seconds" in row
+    ]
+    passed = sum(found["passed"] for found in results["checks"].values())
+    return (
+        f"\n## On a GPU\n\n{passed} of {len(results['checks'])} checks of the kernels "
+        f"against XLA passed on the device. {results['machine']['device']}, a copy at "
+        f"{results['copy_bytes_a_second'] / 1e9:.0f} GB/s.\n\n{table(header, rows)}\n\n"
+        f"{measured_on(results)}.\n"
+    )
+
+
 def main() -> None:
     memory, step, compilation = map(load, ("memory", "step_time", "compile_time"))
-    (ROOT / "docs" / "benchmarks.md").write_text(page(memory, step, compilation))
+    on_gpu = ROOT / "benchmarks" / "results" / "gpu.json"
+    text = page(memory, step, compilation)
+    if on_gpu.exists():
+        text += gpu_section(load("gpu"))
+    (ROOT / "docs" / "benchmarks.md").write_text(text)
     readme = ROOT / "README.md"
     text = fill(readme.read_text(), "state", state_table(memory))
     text = fill(text, "temporary", temporary_table(memory))
@@ -248,6 +325,9 @@ def main() -> None:
     )
     compiling = "\n" + compile_table(compilation)
     readme.write_text(fill(text, "speed", speed + compiling))
+    kernels = ROOT / "docs" / "kernels.md"
+    text = fill(kernels.read_text(), "gpu code", gpu_code_table(load("kernels")))
+    kernels.write_text(fill(text, "tpu code", tpu_code_table(load("kernels"))))
     page_of_meshes = ROOT / "docs" / "sharding.md"
     page_of_meshes.write_text(sharding_page(page_of_meshes.read_text(), load("sharding")))
 

@@ -179,10 +179,8 @@ def _write_slot(
         store(new.indices, (place.row, start + rank), i, mask)
         store(new.values, (place.row, start + rank), value, mask)
 
-    for index, value in chosen.found:
-        lower = [(other < index).astype(jnp.int32) for other, _ in chosen.found]
-        put(functools.reduce(operator.add, lower), index, value, place.exists)
     if chosen.found:
+        put(*_in_order(chosen.found, place))
         return
     before = jnp.full_like(place.row, -1)
     for first in range(0, len(at), 4):  # parts whose ranks share the bytes of a word
@@ -196,6 +194,19 @@ def _write_slot(
             position = jnp.broadcast_to(at[first + i], mask.shape)
             put(rank, position, newest[first + i], mask)
             before += (totals >> (8 * i)) & 255
+
+
+def _in_order(found: list[tuple[jax.Array, jax.Array]], place: _Place) -> Any:
+    """Rank, position, value and mask of what was found one by one, a lane for each."""
+    lanes = pl.next_power_of_2(len(found))
+    rank = lax.broadcasted_iota(jnp.int32, (place.row.shape[0], lanes), 1)
+    index = jnp.zeros_like(rank)
+    value = jnp.zeros(rank.shape, jnp.float32)
+    for position, x in found:
+        lower = [(other < position).astype(jnp.int32) for other, _ in found]
+        here = rank == functools.reduce(operator.add, lower)
+        index, value = jnp.where(here, position, index), jnp.where(here, x, value)
+    return rank, index, value, place.exists & (rank < len(found))
 
 
 def _selected(new: Rows, scalars: Scalars, place: _Place, launch: Launch) -> Any:
