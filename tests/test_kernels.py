@@ -1,6 +1,7 @@
 """The kernels give XLA's bits, interpreted, and lower for their platforms, on a CPU."""
 
 import contextlib
+import functools
 import pathlib
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import microadam_optax
 from kernel_cases import BF16, CASES, F16, F32, gradients
 from meshes import cases_on, collectives, make_mesh
 from microadam_optax import _implementation, scale_by_microadam, state_shardings
+from microadam_optax._kernels import gpu
 
 INTERPRETED = tuple(_implementation.INTERPRETED)
 CALLS = {"cuda": "xla.gpu.triton", "tpu": "tpu_custom_call"}
@@ -73,6 +75,21 @@ def test_a_tree_of_all_kinds_of_leaves():
         ours, theirs = results[implementation], results["xla"]
         jax.tree.map(np.testing.assert_array_equal, ours[1], theirs[1])
         assert jax.tree.map(jnp.shape, ours[0]) == jax.tree.map(jnp.shape, theirs[0])
+
+
+@pytest.mark.parametrize("programs", [(2, 1), (4, 4)])
+@pytest.mark.parametrize("case", ["one by one", "window 2", "padded cells"])
+def test_rows_of_a_program_do_not_matter(case, programs, monkeypatch):
+    shape, dtype, arguments = CASES[case]
+    *_, want = run(shape, dtype, arguments, "interpret_gpu")
+    rows, warps = programs
+    several = functools.partial(gpu.update, rows=rows, warps=warps)
+    monkeypatch.setattr(gpu, "update", several)
+    jax.clear_caches()  # the numbers of a program are no argument of what is cached
+    *_, got = run(shape, dtype, arguments, "interpret_gpu")
+    jax.clear_caches()
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(a.astype(F32), b.astype(F32))
 
 
 def lower(tx, params, platform):

@@ -222,8 +222,8 @@ def rounded(x: jax.Array, dropped: int) -> jax.Array:
 
 
 def magnitude(x: jax.Array) -> jax.Array:
-    """int32 in the order of ``|x|``, NaN highest."""
-    return _bits(x) & 0x7FFFFFFF
+    """int32 in the order of ``|x|``, NaN highest; one more is still an int32."""
+    return jnp.minimum(_bits(x) & 0x7FFFFFFF, 0x7FFFFFFE)
 
 
 def _bits(x: jax.Array) -> jax.Array:

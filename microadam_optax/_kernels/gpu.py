@@ -192,7 +192,7 @@ def _write_slot(
         for i, mask in enumerate(masks):
             rank = before + ((ranks >> (8 * i)) & 255)
             position = jnp.broadcast_to(at[first + i], mask.shape)
-            put(rank, position, newest[first + i], mask)
+            put(rank, position, newest[first + i], mask & place.exists)
             before += (totals >> (8 * i)) & 255
 
 
