@@ -236,27 +236,24 @@ def sharding_page(text: str, results: dict) -> str:
 
 def gpu_code_table(results: dict) -> str:
     """What the compiler made of the GPU kernel, and XLA's program beside it."""
-    header = ["(window, density)", "block", "k", "registers", "spilled"]
-    header += ["instructions", "a pass", "passes", "in all"]
-    header += ["kernels, XLA", "temporary, XLA"]
+    header = ["(window, density)", "block", "k", "registers", "instructions", "passes"]
+    header += ["in all", "operations", "temporary"]
     rows = []
     for row in results["NVIDIA H200"]:
         a_pass, passes = row["instructions_a_pass"], row["passes"]
-        loop = [str(a_pass), f"{passes:.1f}"] if a_pass else ["", ""]
-        held = " / ".join(
-            f"{row[key] / 1e6:.1f} MB"
-            for key in ("temporary_bytes", "xla_temporary_bytes")
-        )
+        held = (row[key] / 1e6 for key in ("temporary_bytes", "xla_temporary_bytes"))
+        spilled = f", {row['spilled_bytes']} B spilled" if row["spilled_bytes"] else ""
         rows.append(
             [
                 row["case"],
-                *(str(row[key]) for key in ("block", "k", "registers")),
-                f"{row['spilled_bytes']} bytes",
+                str(row["block"]),
+                str(row["k"]),
+                f"{row['registers']}{spilled}",
                 str(row["instructions"]),
-                *loop,
+                f"{passes:.1f} of {a_pass}" if a_pass else "",
                 f"{row['instructions'] + a_pass * passes:.0f}",
                 f"{row['kernels']} / {row['xla_kernels']}",
-                held,
+                " / ".join(f"{megabytes:.0f}" for megabytes in held) + " MB",
             ]
         )
     return table(header, rows) + f"\n\n{measured_on(results)}."
