@@ -32,6 +32,14 @@ def reason_against(
     return kernels().reason_against(at, dtype, settings, stochastic)
 
 
+def may_use_kernel(at: Layout, dtype: Any, settings: Settings, stochastic: bool) -> bool:
+    """Whether a kernel is asked for, or could be chosen, and can update a leaf."""
+    name = settings.implementation
+    if name == "xla" or (name is None and not CHOSEN) or 0 in at.shape:
+        return False
+    return reason_against(at, dtype, settings, stochastic) is None
+
+
 def run(
     implementation: str | None,
     xla: dict[str, Callable],

@@ -176,8 +176,9 @@ def _update_leaf(
     xla = {"default": whole}
     if chunks > 1:
         xla = {"cuda": whole, "rocm": whole, "default": in_chunks}
-    args = (at, leaf.gradient.dtype, settings, step.key is not None)
-    possible = leaf.gradient.size and not _implementation.reason_against(*args)
+    possible = _implementation.may_use_kernel(
+        at, leaf.gradient.dtype, settings, stochastic=step.key is not None
+    )
     leaf, after = _implementation.run(
         settings.implementation, xla, kernel if possible else None, leaf, after
     )

@@ -237,6 +237,21 @@ def test_in_a_shard_map(platform):
     assert text.count(CALLS[platform]) == 1
 
 
+def test_kernels_are_not_loaded_where_none_can_be_used():
+    program = """
+import sys
+import jax.numpy as jnp
+from microadam_optax import microadam
+for implementation in (None, "xla"):
+    tx = microadam(0.1, implementation=implementation)
+    tx.update(jnp.ones(8), tx.init(jnp.ones(8)))
+print(sorted(name for name in sys.modules if "_kernels" in name or "pallas" in name))
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_the_package_works_without_its_kernels(tmp_path):
     source = pathlib.Path(microadam_optax.__file__).parent
     ignored = shutil.ignore_patterns("_kernels", "__pycache__")

@@ -35,6 +35,16 @@ class Rows(NamedTuple):
     values: Any  # bfloat16, like indices; both None at window 1
 
 
+def like(rows: Rows) -> Rows:
+    """Shapes and dtypes, with what `jax.shard_map` knows of them."""
+
+    def shape(x: jax.Array) -> jax.ShapeDtypeStruct:
+        varying = jax.typeof(x).manual_axis_type
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying)
+
+    return jax.tree.map(shape, rows)
+
+
 class Scalars(NamedTuple):
     """What all rows share."""
 

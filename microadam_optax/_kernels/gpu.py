@@ -53,16 +53,10 @@ def update(
 
     `rows` and `warps` are those of a program.
     """
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type
-        ),
-        old,
-    )
     (new,) = pl.pallas_call(
         functools.partial(_update_rows, launch=launch, rows=rows),
-        out_shape=(shapes,),
-        grid=(-(-old.codes.shape[0] // rows),),
+        out_shape=(_rows.like(old),),
+        grid=(pl.cdiv(old.codes.shape[0], rows),),
         input_output_aliases={i: i for i in range(len(jax.tree.leaves(old)))},
         compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
         interpret=launch.interpret,

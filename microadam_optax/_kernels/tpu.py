@@ -37,14 +37,7 @@ def update(old: Rows, scalars: Scalars, launch: Launch) -> Rows:
     numbers = jax.tree.map(lambda _: pl.BlockSpec(memory_space=tpu.SMEM), scalars)
     (new,) = pl.pallas_call(
         functools.partial(_update_rows, launch=launch),
-        out_shape=(
-            jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(
-                    x.shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type
-                ),
-                old,
-            ),
-        ),
+        out_shape=(_rows.like(old),),
         grid=(pl.cdiv(old.codes.shape[0], rows),),
         in_specs=[tiles, numbers],
         out_specs=(tiles,),
