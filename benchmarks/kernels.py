@@ -12,6 +12,8 @@ missing compiler leaves its part out.
 
 import collections
 import contextlib
+import importlib.metadata
+import math
 import os
 import pathlib
 import re
@@ -52,6 +54,12 @@ dnn_version_info { major: 9 minor: 10 }
 runtime_version { major: 13 }
 device_description_str: "NVIDIA H200"
 """
+COMPILERS = (
+    "jax-cuda13-pjrt",
+    "nvidia-cuda-nvcc",
+    "nvidia-cuda-cuobjdump",
+    "libtpu",
+)
 SHORT = {"window": 3, "density": 0.04}
 CASES = {
     **{name: ((4096, 4096), "bfloat16", kw) for name, kw in SETTINGS.items()},
@@ -147,6 +155,15 @@ def passes(k: int, block: int, rows: int = 500) -> float:
     return total / rows
 
 
+def compilers() -> dict[str, str]:
+    """Versions of what compiles."""
+    found = {}
+    for name in COMPILERS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def launches(program: str) -> int:
     """Kernels that XLA runs for a program, those in loops once."""
     kinds = r" (fusion|custom-call|copy|sort|reduce|dynamic-update-slice)\("
@@ -159,13 +176,12 @@ def for_gpu(device) -> list[dict]:
     for name, (shape, dtype, settings) in CASES.items():
         compiled = compile_for(device, shape, dtype, "pallas", **settings)
         row = {"case": name, "shape": shape, "dtype": dtype, **account(kernel_ptx())}
-        state = jax.eval_shape(
-            scale_by_microadam(**settings).init, jax.ShapeDtypeStruct(shape, dtype)
-        )
+        known = scale_by_microadam(**settings)
+        state = jax.eval_shape(known.init, jax.ShapeDtypeStruct(shape, dtype))
         block = state.codes.shape[-1] * 8 // settings.get("error_bits", 4)
-        k = -(-round(settings.get("density", 0.01) * block, 6) // 1)
-        row |= {"block": block, "k": int(k)}
-        row["passes"] = passes(int(k), block) if row["instructions_a_pass"] else 0
+        k = math.ceil(round(settings.get("density", 0.01) * block, 6))
+        row |= {"block": block, "k": k}
+        row["passes"] = passes(k, block) if row["instructions_a_pass"] else 0
         row["temporary_bytes"] = compiled.memory_analysis().temp_size_in_bytes
         plain = compile_for(device, shape, dtype, "xla", **settings)
         row["xla_temporary_bytes"] = plain.memory_analysis().temp_size_in_bytes
@@ -219,7 +235,7 @@ def main() -> None:
         ),
         "TPU v5e": (for_tpu, "tpu", "v5e:2x2", {}),
     }
-    results: dict = {}
+    results: dict = {"compilers": compilers()}
     for name, (measure, platform, topology, options) in described.items():
         try:
             made = topologies.get_topology_desc(topology, platform, **options)
