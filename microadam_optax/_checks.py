@@ -20,6 +20,7 @@ STATIC_ARGS = (
     "error_bits",
     "shards",
     "grid",
+    "dense",
     "alpha",
     "stochastic_rounding",
     "seed",
@@ -107,6 +108,33 @@ def check_grid(path: Any, shape: tuple[int, ...], grid: Any) -> tuple[int, ...] 
             f"shape {shape}, one an axis, got {grid!r}."
         )
     return tuple(int(n) for n in grid)
+
+
+def check_size(size: int) -> None:
+    """Raises TypeError if a number of elements is not an integer."""
+    _integer("size", size, "an integer")
+
+
+def check_dense(dense: Any, params: Any, leaves: list[tuple[Any, Any]]) -> list[bool]:
+    """For each leaf, whether it is dense; an error if `dense` does not tell."""
+    if not leaves:
+        return []
+    if callable(dense):
+        choices = [dense(path, leaf) for path, leaf in leaves]
+    else:
+        try:
+            whole: Any = jax.tree.structure(params)
+            choices = whole.flatten_up_to(jax.tree.broadcast(dense, params))
+        except ValueError as error:
+            raise ValueError(
+                f"`dense` must be a tree of bools like the parameters: {error}"
+            ) from error
+    for (path, _), choice in zip(leaves, choices, strict=True):
+        if not isinstance(choice, bool | np.bool_):
+            raise TypeError(
+                f"`dense` must give a bool a leaf, got {choice!r} for {name(path)}."
+            )
+    return choices
 
 
 def check_sharding(path: Any, sharding: Any) -> Sharding:

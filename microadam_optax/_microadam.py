@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from microadam_optax import _blocks, _checks, _leaf, _specs, _window
+from microadam_optax import _blocks, _checks, _dense, _leaf, _specs, _window
 from microadam_optax import _state as _states
 from microadam_optax._state import MicroAdamState
 
@@ -28,6 +28,7 @@ def scale_by_microadam(
     error_bits: int = 4,
     shards: int = 8,
     grid: Any = None,
+    dense: Any | Callable[[Any, Any], bool] | None = None,
     alpha: float = 0.0,
     stochastic_rounding: bool = False,
     seed: int = 0,
@@ -52,6 +53,11 @@ def scale_by_microadam(
         divisor of this number without communication.
       grid: None for the default grids, or a tree like the parameters that has for
         every leaf a tuple of divisors of its shape, or None.
+      dense: Leaves that are not compressed but scaled by `optax.scale_by_adam` with
+        the same decays, 8 bytes an entry: a function of a leaf's path and the leaf, as
+        for `jax.tree_util.tree_map_with_path`, that looks at nothing but path and shape
+        (`smaller_than`, `matching`); a tree of bools like the parameters, or a prefix
+        of it; or None for no leaves.
       alpha: Share of the error, in [0, 1), that goes into the update at once
         instead of being carried on: for training from scratch. 0 is the paper's
         method.
@@ -61,9 +67,10 @@ def scale_by_microadam(
         None to choose what is known to be faster.
 
     Returns:
-      A transformation whose state is a `MicroAdamState`. Updates have the shapes
-      and dtypes of the gradients (float16, bfloat16, float32 or float64); the
-      arithmetic is float32.
+      A transformation whose state is a `MicroAdamState`, or with `dense` that of an
+      `optax.partition` of the ``"compressed"`` and the ``"dense"`` leaves. Updates have
+      the shapes and dtypes of the gradients (float16, bfloat16, float32 or float64);
+      the arithmetic is float32.
 
     Raises:
       TypeError: an argument of the wrong type, or an integer or complex leaf.
@@ -103,9 +110,7 @@ def scale_by_microadam(
 
     def init_fn(params: optax.Params) -> MicroAdamState:
         leaves, tree = _flatten(params)
-        grids = [None] * len(leaves)
-        if grid is not None and leaves:
-            grids = tree.flatten_up_to(grid)
+        grids = _grids(grid, params)
         layouts = []
         for (path, leaf), cut in zip(leaves, grids, strict=True):
             _checks.check_leaf("Parameters", path, leaf)
@@ -157,7 +162,10 @@ def scale_by_microadam(
         new_state = _pack(count, ages, new_states, tree, state.key)
         return tree.unflatten(leaf.gradient for leaf in new), new_state
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    tx = optax.GradientTransformation(init_fn, update_fn)
+    if dense is None:
+        return tx
+    return _dense.partition(tx, optax.scale_by_adam(b1, b2, eps), dense)
 
 
 def microadam(
@@ -172,6 +180,7 @@ def microadam(
     error_bits: int = 4,
     shards: int = 8,
     grid: Any = None,
+    dense: Any | Callable[[Any, Any], bool] | None = None,
     alpha: float = 0.0,
     stochastic_rounding: bool = False,
     seed: int = 0,
@@ -201,6 +210,7 @@ def microadam(
       error_bits: See `scale_by_microadam`.
       shards: See `scale_by_microadam`.
       grid: See `scale_by_microadam`.
+      dense: See `scale_by_microadam`.
       alpha: See `scale_by_microadam`.
       stochastic_rounding: See `scale_by_microadam`.
       seed: See `scale_by_microadam`.
@@ -250,6 +260,7 @@ def microadam(
             error_bits=error_bits,
             shards=shards,
             grid=grid,
+            dense=dense,
             alpha=alpha,
             stochastic_rounding=stochastic_rounding,
             seed=seed,
@@ -263,6 +274,20 @@ def microadam(
 def _flatten(tree: Any) -> tuple[list[tuple[Any, Any]], Any]:
     """Leaves with their paths, and the structure."""
     return jax.tree_util.tree_flatten_with_path(tree)
+
+
+def _grids(grid: Any, params: Any) -> list[Any]:
+    """The grid asked for each leaf that is not masked; None for the default."""
+
+    def masked(x: Any) -> bool:
+        return isinstance(x, optax.MaskedNode)
+
+    tree: Any
+    leaves, tree = jax.tree.flatten(params, is_leaf=masked)
+    asked = [None] * len(leaves)
+    if grid is not None and leaves:
+        asked = tree.flatten_up_to(grid)
+    return [x for x, leaf in zip(asked, leaves, strict=True) if not masked(leaf)]
 
 
 def _pack(count, ages, states, tree, key) -> MicroAdamState:

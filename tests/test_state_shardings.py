@@ -17,6 +17,7 @@ from microadam_optax import (
     microadam,
     scale_by_microadam,
     shard_grid,
+    smaller_than,
     state_shardings,
 )
 
@@ -44,6 +45,7 @@ CHAINS = {
     "partitioned": optax.partition(
         {True: microadam(0.1), False: optax.adam(0.1)}, only_w
     ),
+    "dense where small": microadam(0.1, dense=smaller_than(2000)),
     "with hyperparameters": optax.inject_hyperparams(microadam, static_args=STATIC_ARGS)(
         learning_rate=0.1
     ),
