@@ -1,0 +1,89 @@
+"""The optimizers that are compared, each a function of the learning rate."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+from microadam_optax import microadam, smaller_than
+
+SMALL = 4096  # leaves of fewer elements are dense, where a method says so
+
+
+class Method(NamedTuple):
+    """An optimizer, and the learning rate that its search begins around."""
+
+    make: Callable[[Any], optax.GradientTransformation]
+    centre: float
+
+
+def micro(window: int, density: float, centre: float, **kwargs: Any) -> Method:
+    """MicroAdam; small leaves are dense unless ``dense`` says otherwise."""
+    kwargs = {"dense": smaller_than(SMALL), **kwargs}
+    return Method(
+        lambda rate: microadam(rate, window=window, density=density, **kwargs), centre
+    )
+
+
+def galore(rate: Any) -> optax.GradientTransformation:
+    return optax.contrib.galore(rate, rank=32)
+
+
+PEERS = {
+    "Adam": Method(optax.adam, 2e-3),
+    "AdamW, mu in bfloat16": Method(
+        lambda rate: optax.adamw(rate, mu_dtype=jnp.bfloat16), 2e-3
+    ),
+    "Adafactor": Method(optax.adafactor, 2e-2),
+    "Lion": Method(optax.lion, 3e-4),
+}
+if hasattr(optax.contrib, "galore"):
+    PEERS["GaLore, rank 32"] = Method(galore, 5e-3)
+
+PAPER = "MicroAdam (10, 1 %), all compressed"
+OURS = {
+    PAPER: micro(10, 0.01, 1e-3, dense=None),
+    "MicroAdam (2, 12 %)": micro(2, 0.12, 1e-3),
+    "MicroAdam (1, 12 %)": micro(1, 0.12, 1e-3),
+}
+MAIN = {**PEERS, **OURS}
+
+WINDOWS = {
+    f"MicroAdam ({window}, {round(100 * density)} %)": micro(window, density, centre)
+    for window, density, centre in [
+        (10, 0.01, 1e-3),
+        (5, 0.02, 1e-3),
+        (3, 0.04, 1e-3),
+        (2, 0.06, 1e-3),
+        (2, 0.12, 1e-3),
+        (1, 0.04, 2e-3),
+        (1, 0.12, 1e-3),
+        (1, 0.25, 1e-3),
+    ]
+}
+
+
+def _options() -> dict[str, Method]:
+    """One thing changed at a time, for a short and for the paper's window."""
+    changes: dict[str, dict[str, Any]] = {
+        "block 64": {"block_size": 64},
+        "block 4096": {"block_size": 4096},
+        "2 bits": {"error_bits": 2},
+        "8 bits": {"error_bits": 8},
+        "stochastic rounding": {"stochastic_rounding": True},
+        "alpha 0.1": {"alpha": 0.1},
+        "all compressed": {"dense": None},
+        "b2 0.99": {"b2": 0.99},
+        "b2 0.95": {"b2": 0.95},
+    }
+    bases = {"(10, 1 %)": (10, 0.01), "(2, 12 %)": (2, 0.12), "(1, 12 %)": (1, 0.12)}
+    return {
+        f"MicroAdam {name}, {change}": micro(*base, 1e-3, **kwargs)
+        for change, kwargs in changes.items()
+        for name, base in bases.items()
+    }
+
+
+OPTIONS = _options()
+ALL = {**MAIN, **WINDOWS, **OPTIONS}
