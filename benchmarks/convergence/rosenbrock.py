@@ -23,7 +23,7 @@ import common
 
 START = (-0.5, 1.0)
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-STEPS, EVERY = 4000, 5
+STEPS, EVERY = 4000, 20
 
 
 def rosenbrock(point: jax.Array) -> jax.Array:
@@ -67,7 +67,7 @@ def path(tx: optax.GradientTransformation) -> list[list[float]]:
 
     start = jnp.array(START)
     _, points = jax.lax.scan(step, (start, tx.init(start)), None, length=STEPS)
-    return np.asarray(points)[::EVERY].round(5).tolist()
+    return np.asarray(points)[::EVERY].astype(float).round(4).tolist()
 
 
 def main() -> None:

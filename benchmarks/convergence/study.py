@@ -42,6 +42,7 @@ class Study(NamedTuple):
     steps: int
     seeds: int = 3
     search_seeds: int = 1
+    evaluations: int = 10  # of a run
     long: int = 0  # steps of longer runs at the best learning rates, if any
 
 
@@ -49,7 +50,7 @@ def pretrained() -> Any:
     """The help text's language model, trained with Adam as in the study of that."""
     task, adam = tasks.language(tasks.help_text()), methods.PEERS["Adam"]
     step = training.make_step(task, adam)
-    return training.run(task, adam, step, 2e-3, 0, 5000, "pretraining")[1]
+    return training.run(task, adam, step, 2e-3, 0, 5000, title="pretraining")[1]
 
 
 def finetuned_language() -> tasks.Task:
@@ -83,6 +84,13 @@ STUDIES = {
         methods.MAIN,
         steps=1000,
         long=5000,
+    ),
+    "bert": Study(
+        "MiniLM (22.6 million parameters) fine-tuned on docstrings",
+        tasks.bert_docstrings,
+        methods.scaled(methods.MAIN, 1 / 8),
+        steps=150,
+        evaluations=1,
     ),
     "language_windows": Study(
         "byte language model from scratch, settings of MicroAdam",
@@ -178,7 +186,8 @@ def conduct(name: str, only: str | None = None) -> None:
                     task = task or study.task()
                     step = step or training.make_step(task, method)
                     label = f"{title}, rate {rate:g}, seed {seed}"
-                    row, _ = training.run(task, method, step, rate, seed, steps, label)
+                    run = task, method, step, rate, seed, steps, study.evaluations
+                    row, _ = training.run(*run, title=label)
                     held = round(training.state_bytes(task, method), 4)
                     runs.add({"method": title, "state_bytes": held, **row})
                 rows += runs.find(**key)

@@ -16,10 +16,14 @@ from flax import nnx
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.append(str(ROOT / "examples"))
 
+import bert  # noqa: E402
+import docstrings  # noqa: E402
+import finetune_bert  # noqa: E402
 import train_lm  # noqa: E402
 
-LENGTH, BATCH = 64, 8
+LENGTH, BATCH = 64, 8  # of the language model
 WIDTH, DEPTH, HEADS = 128, 2, 4
+BERT_LENGTH, BERT_BATCH = 48, 16
 
 
 class Task(NamedTuple):
@@ -125,5 +129,38 @@ def digits() -> Task:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, test_labels)
         right = (logits.argmax(-1) == test_labels).mean()
         return {"test accuracy": float(right), "test loss": float(losses.mean())}
+
+    return Task(init, loss, batches, evaluate)
+
+
+def bert_docstrings() -> Task:
+    """MiniLM that learns to tell whose docstring a text is, as in the example."""
+    folder = finetune_bert.default_model()
+    train, held_out = docstrings.load()
+    labels = sorted({label for label, _ in train})
+    tokens = bert.Tokens(folder, BERT_LENGTH)
+    data, evaluated = (finetune_bert.encode(x, labels, tokens) for x in (train, held_out))
+
+    def classifier(seed: int) -> Any:
+        return finetune_bert.make_classifier(folder, len(labels), "mean", seed)
+
+    graph, _ = classifier(0)
+    predict = finetune_bert.make_predict(graph)
+
+    def init(seed: int) -> Any:
+        return classifier(seed)[1]
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        examples, seed = batch
+        return finetune_bert.mean_loss(graph, params, examples, jax.random.key(seed))
+
+    def batches(seed: int) -> Iterator[Any]:
+        stream = finetune_bert.batches(data, BERT_BATCH, seed)
+        for number, batch in enumerate(stream):
+            yield batch, np.uint32(1_000_003 * seed + number)  # the seed of the dropout
+
+    def evaluate(params: Any) -> dict[str, float]:
+        predicted = finetune_bert.predictions(predict, params, evaluated)
+        return finetune_bert.figures(evaluated.labels, predicted)
 
     return Task(init, loss, batches, evaluate)

@@ -14,8 +14,6 @@ from tqdm import tqdm
 
 CLIP = 1.0  # global norm of the gradient, for every optimizer
 WARMUP, FINAL = 0.05, 0.1  # share of the steps; share of the peak learning rate
-EVALUATIONS = 10  # during a run, the last included
-POINTS = 50  # of the training loss, each a mean
 
 
 def make_step(task: Task, method: Method) -> Callable:
@@ -50,6 +48,7 @@ def run(
     rate: float,
     seed: int,
     steps: int,
+    evaluations: int = 10,
     title: str = "",
 ) -> tuple[dict[str, Any], Any]:
     """Trains; the figures of the run, and the parameters."""
@@ -59,28 +58,24 @@ def run(
     rates = np.asarray(jax.vmap(schedule)(np.arange(steps)), np.float32)
     params, stream = task.init(seed), task.batches(seed)
     state = jax.jit(optimizer(method, 0.1).init)(params)
-    losses: list[Any] = []
     curve: list[tuple[int, float]] = []
     began = time.perf_counter()
     with tqdm(total=steps, desc=title, unit="step", leave=False) as bar:
         for number in range(1, steps + 1):
             params, state, loss = step(params, state, next(stream), rates[number - 1])
-            losses.append(loss)
-            if number % max(1, steps // EVALUATIONS) == 0 or number == steps:
-                figures = task.evaluate(params)
+            if number % max(1, steps // evaluations) == 0 or number == steps:
+                figures = {x: round(y, 5) for x, y in task.evaluate(params).items()}
                 curve.append((number, next(iter(figures.values()))))
                 bar.set_postfix_str(f"loss {float(loss):.3f}")
                 if not math.isfinite(float(loss)):
                     break
             bar.update()
-    parts = np.array_split(np.asarray(losses, np.float64), min(POINTS, len(losses)))
     row = {
         "learning_rate": rate,
         "seed": seed,
         "steps": steps,
         "figures": figures,
         "curve": curve,
-        "training_loss": [float(f"{part.mean():.4g}") for part in parts],
         "seconds": round(time.perf_counter() - began, 1),
     }
     return row, params
