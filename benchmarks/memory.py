@@ -21,6 +21,15 @@ from common import (
 )
 
 MODELS = {"Llama-2-7B": llama2_7b, "GPT-2 small": gpt2_small}
+RATE = 1e-3  # plays no part in what is held
+PEERS = {
+    "Adam": optax.scale_by_adam(),
+    "AdamW, mu in bfloat16": optax.adamw(RATE, mu_dtype="bfloat16"),
+    "Lion": optax.lion(RATE),
+    "Adafactor": optax.adafactor(RATE),
+}
+for rank in (128, 1024) if hasattr(optax.contrib, "galore") else ():
+    PEERS[f"GaLore, rank {rank}"] = optax.contrib.galore(RATE, rank=rank)
 
 
 def by_arithmetic(window: int, density: float, bits: int = 4, block: int = 256) -> float:
@@ -31,7 +40,7 @@ def by_arithmetic(window: int, density: float, bits: int = 4, block: int = 256) 
 
 def state_bytes(model: dict) -> dict[str, float]:
     parameters = sum(math.prod(shape) for shape in model.values())
-    txs = {"Adam": optax.scale_by_adam(), **transformations()}
+    txs = {**PEERS, **transformations()}
     held = {name: jax.eval_shape(tx.init, abstract(model)) for name, tx in txs.items()}
     return {name: size_in_bytes(state) / parameters for name, state in held.items()}
 

@@ -346,6 +346,9 @@ def main() -> None:
     )
     compiling = "\n" + compile_table(compilation)
     readme.write_text(fill(text, "speed", speed + compiling))
+    of_memory = ROOT / "docs" / "memory.md"
+    content = f"{state_table(memory)}\n\nFrom shapes alone: {measured_on(memory)}."
+    of_memory.write_text(fill(of_memory.read_text(), "state", content))
     kernels = ROOT / "docs" / "kernels.md"
     text = fill(kernels.read_text(), "gpu code", gpu_code_table(load("kernels")))
     kernels.write_text(fill(text, "tpu code", tpu_code_table(load("kernels"))))

@@ -1,5 +1,7 @@
 """Any tree of parameters, any optax wrapper around, and checkpoints of the state."""
 
+import pathlib
+
 import chex
 import flax.serialization
 import jax
@@ -229,9 +231,11 @@ def test_grid_argument():
 
 
 def test_every_public_name_is_documented():
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "api.md").read_text()
     for name in dir(microadam_optax):
-        if not name.startswith("_") and name != "STATIC_ARGS":
-            assert getattr(microadam_optax, name).__doc__, name
+        if not name.startswith("_"):
+            assert f":: microadam_optax.{name}\n" in page
+            assert name == "STATIC_ARGS" or getattr(microadam_optax, name).__doc__
 
 
 def test_the_count_ends_as_optax_s_does():

@@ -14,13 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import methods
 import numpy as np
 import optax
-import study
-import training
 from tqdm import tqdm
 
+import methods
+import study
+import training
 from microadam_optax import scale_by_microadam
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))

@@ -11,23 +11,16 @@ where it was.
 
 import argparse
 import functools
-import json
-import math
-import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+
 import methods
 import tasks
 import training
-
-ROOT = pathlib.Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "convergence"
-sys.path.append(str(ROOT / "benchmarks"))
-
-import common  # noqa: E402
+from runs import Runs, mean_score, score
 
 GRID = 5  # learning rates at first, each twice the one before
 WIDEST = 9  # and at most
@@ -99,41 +92,6 @@ STUDIES = {
         steps=1000,
     ),
 }
-
-
-class Runs:
-    """The runs of a study on disk; a run is known by optimizer, rate, seed and steps."""
-
-    def __init__(self, name: str):
-        self.file = RESULTS / f"{name}.json"
-        found = json.loads(self.file.read_text()) if self.file.exists() else {}
-        self.rows: list[dict[str, Any]] = found.get("runs", [])
-        self.machine = found.get("machine")
-
-    def find(self, **wanted: Any) -> list[dict[str, Any]]:
-        return [x for x in self.rows if all(x[key] == wanted[key] for key in wanted)]
-
-    def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        content = {"machine": common.machine(), "runs": self.rows}
-        new = self.file.with_suffix(".new")
-        new.write_text(
-            json.dumps(content, indent=None).replace('{"method"', '\n{"method"')
-        )
-        new.replace(self.file)
-
-
-def score(row: dict[str, Any]) -> float:
-    """The deciding figure of a run, the lower the better; infinite if it diverged."""
-    name, value = next(iter(row["figures"].items()))
-    if not math.isfinite(value):
-        return math.inf
-    return value if name.endswith("loss") else -value
-
-
-def mean_score(rows: list[dict[str, Any]]) -> float:
-    return sum(map(score, rows)) / len(rows)
 
 
 def search(centre: float, trained: Callable[[float], list[dict[str, Any]]]) -> float:

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from tqdm import tqdm
+
 from methods import Method
 from tasks import Task
-from tqdm import tqdm
 
 CLIP = 1.0  # global norm of the gradient, for every optimizer
 WARMUP, FINAL = 0.05, 0.1  # share of the steps; share of the peak learning rate

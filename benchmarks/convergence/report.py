@@ -1,0 +1,193 @@
+"""Writes the tables and pictures of the studies into docs/, from their results.
+
+python benchmarks/convergence/report.py
+"""
+
+import json
+import sys
+from typing import Any
+
+import methods
+import pictures
+import study
+from runs import RESULTS, ROOT, Outcome, Runs, by_rate, deciding, outcome
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+import tables
+
+DOCS = ROOT / "docs"
+IMAGES = DOCS / "images"
+
+
+def outcomes(name: str, steps: int, only: list[str] | None = None) -> list[Outcome]:
+    """Those optimizers of a study that have run with all seeds."""
+    one, runs = study.STUDIES[name], Runs(name)
+    wanted = only or list(one.methods)
+    found = [outcome(runs, method, steps, one.seeds) for method in wanted]
+    return [x for x in found if x]
+
+
+def figure(value: float, name: str) -> str:
+    return f"{value:.4f}" if name.endswith("loss") else f"{100 * value:.2f} %"
+
+
+def table(found: list[Outcome], reference: Outcome | None) -> str:
+    """Mean and spread over the seeds, and the difference to Adam."""
+    what = deciding(found[0].rows[0])
+    seeds = len(found[0].values)
+    header = ["optimizer", "state B/param", "learning rate"]
+    header += [f"{what}, mean of {seeds}", "spread", "against Adam"]
+    rows = []
+    for one in found:
+        against = ""
+        if reference and one.method != reference.method:
+            difference = one.mean - reference.mean
+            scale = 1 if what.endswith("loss") else 100
+            against = f"{scale * difference:+.{4 if scale == 1 else 2}f}"
+        rows.append(
+            [
+                one.method,
+                f"{one.state_bytes:.2f}",
+                f"{one.rate:g}",
+                figure(one.mean, what),
+                figure(one.spread, what),
+                against,
+            ]
+        )
+    return tables.table(header, rows)
+
+
+def adam_of(found: list[Outcome]) -> Outcome | None:
+    return next((x for x in found if x.method == "Adam"), None)
+
+
+def main_section(name: str) -> str:
+    """A study of all optimizers: its table, its curves and its learning rates."""
+    one, runs = study.STUDIES[name], Runs(name)
+    steps = one.long or one.steps
+    found = outcomes(name, steps, [x for x in methods.MAIN if x in one.methods])
+    if not found:
+        return "Not run yet."
+    pictures.curves(found, IMAGES / f"{name}.png")
+    searched = one.steps, one.search_seeds
+    grids = {x: by_rate(runs, x, *searched) for x in methods.MAIN if x in one.methods}
+    what = deciding(runs.rows[0])
+    pictures.rates(
+        {x: grid for x, grid in grids.items() if grid}, what, IMAGES / f"{name}_rates.png"
+    )
+    missing = [x for x in methods.MAIN if x not in {y.method for y in found}]
+    note = f"\n\nNot complete yet: {', '.join(missing)}." if missing else ""
+    return (
+        f"{one.about[0].upper()}{one.about[1:]}; {steps:,} steps, {one.seeds} seeds at "
+        f"the best learning rate of a grid ({one.search_seeds} seed"
+        f"{'s' if one.search_seeds > 1 else ''}, {one.steps:,} steps).\n\n"
+        f"{table(found, adam_of(found))}{note}\n\n"
+        f"![{what} by step](images/{name}.png)\n\n"
+        f"![{what} by learning rate](images/{name}_rates.png)\n\n"
+        f"{tables.measured_on({'machine': runs.machine})}."
+    )
+
+
+def windows_section(name: str, reference: str) -> str:
+    """The settings of MicroAdam beside their bytes; Adam from its own study."""
+    one = study.STUDIES[name]
+    found = outcomes(name, one.steps, list(methods.WINDOWS))
+    if not found:
+        return "Not run yet."
+    adam = adam_of(outcomes(reference, one.steps, ["Adam"]))
+    image = f"{name}_bytes.png"
+    pictures.equal_bytes(found, adam, one.about, IMAGES / image)
+    what = deciding(found[0].rows[0])
+    shown = [adam, *found] if adam else found
+    options = outcomes(name, one.steps, list(methods.OPTIONS))
+    others = f"\n\nOne thing changed:\n\n{table(options, adam)}" if options else ""
+    return (
+        f"{one.about[0].upper()}{one.about[1:]}; {one.steps:,} steps, {one.seeds} seeds."
+        f"\n\n{table(shown, adam)}\n\n![{what} by bytes of state](images/{image}){others}"
+    )
+
+
+def rates_section() -> str:
+    """The best learning rate of each setting over Adam's, by study."""
+    names = [x for x in study.STUDIES if Runs(x).rows]
+    ratios: dict[str, list[str]] = {}
+    for name in names:
+        one = study.STUDIES[name]
+        reference = "language" if name == "language_windows" else name
+        adam = adam_of(outcomes(reference, one.steps, ["Adam"]))
+        known = {x.method: x for x in outcomes(name, one.steps)}
+        for method in [methods.PAPER, *methods.WINDOWS]:
+            if method in known and adam:
+                ratio = f"{known[method].rate / adam.rate:g}"
+            else:
+                ratio = ""
+            ratios.setdefault(method, []).append(ratio)
+    rows = [[method, *row] for method, row in ratios.items()]
+    return tables.table(["best learning rate over Adam's", *names], rows)
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def rosenbrock_section() -> str:
+    found = load("rosenbrock")
+    pictures.rosenbrock(found, IMAGES / "rosenbrock.png")
+    some = found["optimizers"]
+    rates = next(iter(some.values()))["last_values"]
+    rows = [
+        [name, *(f"{value:.2g}" for value in one["last_values"].values())]
+        for name, one in some.items()
+    ]
+    header = [f"value after {found['steps']:,} steps, by learning rate", *rates]
+    return (
+        "![The paths of three optimizers](images/rosenbrock.png)\n\n"
+        f"{tables.table(header, rows)}\n\n{tables.measured_on(found)}."
+    )
+
+
+def mechanism_section() -> str:
+    found = load("mechanism")
+    pictures.mechanism(found, IMAGES / "mechanism.png")
+    rows = [
+        [
+            name,
+            f"{sum(found['after_selection'][name]):.1f}",
+            f"{found['after_selection'][name][0]:.1f}",
+            f"{100 * one['moving']:.0f} %",
+            *(f"{value:.2f}" for value in one["cosine"].values()),
+        ]
+        for name, one in found["along_adam"].items()
+    ]
+    horizons = next(iter(found["along_adam"].values()))["cosine"]
+    header = ["(window, density)", "moves in all", "at once", "coordinates moving"]
+    header += [f"cosine over {h}" for h in horizons]
+    return (
+        "![What becomes of a selected entry](images/mechanism.png)\n\n"
+        f"{tables.table(header, rows)}\n\n{tables.measured_on(found)}."
+    )
+
+
+def main() -> None:
+    page = DOCS / "convergence.md"
+    text = page.read_text()
+    sections = {
+        name: main_section(name) for name in study.STUDIES if "windows" not in name
+    }
+    sections["digits windows"] = windows_section("digits", "digits")
+    sections["language windows"] = windows_section("language_windows", "language")
+    sections["rosenbrock"] = rosenbrock_section()
+    sections["mechanism"] = mechanism_section()
+    for name, content in sections.items():
+        text = tables.fill(text, name, content)
+    page.write_text(text)
+    tuning = DOCS / "tuning.md"
+    tuning.write_text(tables.fill(tuning.read_text(), "rates", rates_section()))
+    held = tables.load("memory")["state_bytes_a_parameter"]["Llama-2-7B"]
+    named = {f"MicroAdam {x}" if x.startswith("(") else x: y for x, y in held.items()}
+    pictures.state_bytes(named, IMAGES / "state_bytes.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""The studies' own code: the search, the record of runs, and what docs say of it."""
+
+import itertools
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import methods
+import report
+import rosenbrock
+import runs
+import study
+import tasks
+import training
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+TARGET = np.linspace(-1, 1, 16, dtype=np.float32)
+
+
+def quadratic():
+    """A task of 16 numbers, of which the seed shifts the start."""
+    return tasks.Task(
+        init=lambda seed: {"x": jnp.full(16, 0.1 * seed)},
+        loss=lambda params, batch: jnp.mean((params["x"] - batch) ** 2),
+        batches=lambda _: itertools.repeat(TARGET),
+        evaluate=lambda params: {
+            "validation loss": float(((params["x"] - TARGET) ** 2).mean())
+        },
+    )
+
+
+def rows_of(score):
+    return [{"figures": {"validation loss": score}}]
+
+
+@pytest.mark.parametrize(("best", "visited"), [(1.0, 5), (0.25, 6), (16.0, 8)])
+def test_the_search_ends_with_the_best_inside(best, visited):
+    tried = []
+
+    def trained(rate):
+        tried.append(rate)
+        return rows_of(abs(math.log2(rate / best)))
+
+    assert study.search(1.0, trained) == best
+    assert len(tried) == len(set(tried)) == visited
+    assert min(tried) < best < max(tried)
+
+
+def test_the_search_has_an_end_and_shuns_divergence():
+    tried = []
+
+    def trained(rate):
+        tried.append(rate)
+        return rows_of(math.nan if rate > 1 else rate)
+
+    assert study.search(1.0, trained) == min(tried)
+    assert len(tried) == study.WIDEST
+
+
+def test_accuracy_is_better_where_higher():
+    low, high = ({"figures": {"accuracy": x, "loss": 0.0}} for x in (0.5, 0.9))
+    assert runs.score(high) < runs.score(low)
+
+
+def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    """Nothing runs twice; what is missing runs; the record says what came of it."""
+    monkeypatch.setattr(runs.Runs.__init__, "__defaults__", (tmp_path,))
+    some = {"Adam": methods.PEERS["Adam"]._replace(centre=0.1)}
+    small = study.Study("a bowl", quadratic, some, steps=30, long=60, evaluations=3)
+    monkeypatch.setattr(study, "STUDIES", {"bowl": small})
+    count = 0
+
+    def counted(*args, **kwargs):
+        nonlocal count
+        count += 1
+        return whole(*args, **kwargs)
+
+    whole = training.run
+    monkeypatch.setattr(training, "run", counted)
+    study.conduct("bowl")
+    done, record = count, runs.Runs("bowl")
+    assert len(record.rows) == done
+    study.conduct("bowl")
+    assert count == done
+    lost = record.rows.pop()
+    record.add(record.rows.pop())
+    study.conduct("bowl")
+    assert count == done + 1
+    assert runs.Runs("bowl").rows[-1]["figures"] == lost["figures"]
+    found = runs.outcome(runs.Runs("bowl"), "Adam", 60, 3)
+    assert len(found.values) == 3
+    assert found.mean < 0.01
+    assert found.state_bytes == pytest.approx(8.25)  # with Adam's count
+    assert [step for step, _ in found.rows[0]["curve"]] == [20, 40, 60]
+    assert "1/1 Adam" in capsys.readouterr().out
+
+
+def test_only_complete_outcomes_count(tmp_path):
+    record = runs.Runs("some", tmp_path)
+    for rate, seed, loss in [(0.1, 0, 1.0), (0.1, 1, 1.2), (0.2, 0, 0.5)]:
+        key = {"method": "Adam", "learning_rate": rate, "seed": seed, "steps": 9}
+        record.rows.append({**key, "state_bytes": 8.0, "figures": {"loss": loss}})
+    found = runs.outcome(record, "Adam", 9, seeds=2)
+    assert found.rate == 0.1
+    assert found.mean == pytest.approx(1.1)
+    assert found.spread == pytest.approx(math.sqrt(0.02))
+    assert runs.outcome(record, "Adam", 9, seeds=3) is None
+    assert runs.by_rate(record, "Adam", 9, 1) == [(0.1, 1.0), (0.2, 0.5)]
+
+
+@pytest.mark.parametrize("name", methods.ALL)
+def test_every_optimizer_can_be_made(name):
+    params = {"w": jnp.ones((64, 128)), "b": jnp.ones(8)}
+    tx = training.optimizer(methods.ALL[name], 1e-3)
+    state = jax.eval_shape(tx.init, params)
+    updates, _ = jax.eval_shape(tx.update, params, state, params)
+    assert updates["w"].shape == (64, 128)
+
+
+def test_tasks_depend_on_the_seed_alone():
+    task = tasks.digits()
+    for seed in (0, 1):
+        one, two = (next(task.batches(seed))[0] for _ in range(2))
+        np.testing.assert_array_equal(one, two)
+    other = next(task.batches(1))[0]
+    assert not np.array_equal(next(task.batches(0))[0], other)
+    figures = task.evaluate(task.init(0))
+    assert figures["test accuracy"] < 0.4  # ten classes, nothing learnt
+
+
+def test_texts_differ():
+    assert len(tasks.help_text()) > 300_000
+    assert len(tasks.source_text()) > 300_000
+
+
+def test_keep_largest():
+    tx = rosenbrock.keep_largest(1)
+    kept, _ = tx.update(jnp.array([1.0, -3.0]), tx.init(None))
+    np.testing.assert_array_equal(kept, [0.0, -3.0])
+
+
+@pytest.mark.parametrize("name", study.STUDIES)
+def test_docs_have_the_tables_of_the_results(name):
+    """What `report.py` would write stands there."""
+    text, one = (DOCS / "convergence.md").read_text(), study.STUDIES[name]
+    if name == "language_windows":
+        found = report.outcomes(name, one.steps, list(methods.WINDOWS))
+        reference = report.adam_of(report.outcomes("language", one.steps, ["Adam"]))
+        found = [reference, *found] if reference and found else found
+    else:
+        found = report.outcomes(name, one.long or one.steps, list(methods.MAIN))
+        reference = report.adam_of(found)
+    if found:
+        assert report.table(found, reference) in text
+    else:
+        assert "Not run yet." in text
