@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from common import SETTINGS, report, size_in_bytes
+from common import SETTINGS, report
 from microadam_optax import microadam, scale_by_microadam
+from microadam_optax.memory import array_bytes
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "tests"))
 import kernel_cases
@@ -121,7 +122,7 @@ def moved_bytes(state, params) -> int:
 
     And the state is written, and the update, or the parameters it is applied to.
     """
-    total = 3 * size_in_bytes(params)
+    total = 3 * array_bytes(params)
     for path, x in jax.tree_util.tree_leaves_with_path(state):
         size = x.size * x.dtype.itemsize
         windowed = {"indices", "values"} & {getattr(key, "name", None) for key in path}
@@ -163,7 +164,7 @@ def measure(tx, params, gradients, apply: bool, steps: int) -> dict:
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
     )
-    row["state_bytes"] = size_in_bytes(state)
+    row["state_bytes"] = array_bytes(state)
     times = []
     for _ in range(4):  # the first warms up
         time_of_step, (params, state) = seconds(compiled, params, gradients, state, steps)

@@ -10,17 +10,11 @@ import math
 import jax
 import optax
 
-from common import (
-    SETTINGS,
-    abstract,
-    gpt2_small,
-    llama2_7b,
-    report,
-    size_in_bytes,
-    transformations,
-)
+from common import SETTINGS, report, transformations
+from microadam_optax._models import MODELS, shapes_of
+from microadam_optax.memory import optimizer_bytes
 
-MODELS = {"Llama-2-7B": llama2_7b, "GPT-2 small": gpt2_small}
+SHOWN = {"Llama-2-7B": "llama2-7b", "GPT-2 small": "gpt2"}
 RATE = 1e-3  # plays no part in what is held
 PEERS = {
     "Adam": optax.scale_by_adam(),
@@ -28,7 +22,7 @@ PEERS = {
     "Lion": optax.lion(RATE),
     "Adafactor": optax.adafactor(RATE),
 }
-for rank in (128, 1024) if hasattr(optax.contrib, "galore") else ():
+for rank in (128, 1024):
     PEERS[f"GaLore, rank {rank}"] = optax.contrib.galore(RATE, rank=rank)
 
 
@@ -38,11 +32,17 @@ def by_arithmetic(window: int, density: float, bits: int = 4, block: int = 256) 
     return bits / 8 + (window - 1) * k * 3 / block + 4 / block
 
 
-def state_bytes(model: dict) -> dict[str, float]:
-    parameters = sum(math.prod(shape) for shape in model.values())
+def shapes(model: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Of a built-in model's float32 parameters."""
+    found = shapes_of(MODELS[model])
+    return {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in found.items()}
+
+
+def state_bytes(params: dict[str, jax.ShapeDtypeStruct]) -> dict[str, float]:
+    """Bytes a parameter of each optimizer."""
+    number = sum(leaf.size for leaf in params.values())
     txs = {**PEERS, **transformations()}
-    held = {name: jax.eval_shape(tx.init, abstract(model)) for name, tx in txs.items()}
-    return {name: size_in_bytes(state) / parameters for name, state in held.items()}
+    return {name: optimizer_bytes(tx, params) / number for name, tx in txs.items()}
 
 
 def temporary_bytes(tx: optax.GradientTransformation, leaves: int) -> int:
@@ -55,10 +55,10 @@ def temporary_bytes(tx: optax.GradientTransformation, leaves: int) -> int:
 
 def main() -> None:
     results: dict = {"state_bytes_a_parameter": {}, "temporary_bytes": {}}
-    for name, shapes in MODELS.items():
-        model = shapes()
-        total = sum(math.prod(shape) for shape in model.values())
-        results["state_bytes_a_parameter"][name] = state_bytes(model)
+    for name, model in SHOWN.items():
+        params = shapes(model)
+        total = sum(leaf.size for leaf in params.values())
+        results["state_bytes_a_parameter"][name] = state_bytes(params)
         print(f"{name}, {total:,} parameters: bytes of state for each")
         for setting, held in results["state_bytes_a_parameter"][name].items():
             known = SETTINGS.get(setting)

@@ -36,7 +36,7 @@ def state_table(results: dict) -> str:
     models = results["state_bytes_a_parameter"]
     settings = next(iter(models.values()))
     rows = [
-        [name, *(f"{held[name]:.2f}" for held in models.values())] for name in settings
+        [name, *(f"{held[name]:.3f}" for held in models.values())] for name in settings
     ]
     return table(["(window, density)", *models], rows)
 

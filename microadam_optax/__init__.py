@@ -1,5 +1,6 @@
 """MicroAdam for JAX: Adam in less than a byte of optimizer state a parameter."""
 
+from microadam_optax import memory as memory
 from microadam_optax._checkpoint import check_checkpoint as check_checkpoint
 from microadam_optax._checks import STATIC_ARGS as STATIC_ARGS
 from microadam_optax._dense import matching as matching

@@ -37,9 +37,8 @@ PEERS = {
     ),
     "Adafactor": Method(optax.adafactor, 2e-2),
     "Lion": Method(optax.lion, 3e-4),
+    "GaLore, rank 32": Method(galore, 5e-3),
 }
-if hasattr(optax.contrib, "galore"):
-    PEERS["GaLore, rank 32"] = Method(galore, 5e-3)
 
 PAPER = "MicroAdam (10, 1 %), all compressed"
 OURS = {

@@ -145,7 +145,7 @@ def state_bytes(held: dict[str, float], file: pathlib.Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
     colors = ["tab:blue" if "MicroAdam" in name else "0.6" for name in held]
     bars = axes.barh(list(held), list(held.values()), color=colors)
-    axes.bar_label(bars, fmt="{:.3g}", padding=3)
+    axes.bar_label(bars, fmt="{:.3f}", padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.1)
     axes.set(xlabel="bytes of state a parameter, Llama-2-7B in float32")
