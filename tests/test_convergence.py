@@ -1,6 +1,7 @@
 """The studies' own code: the search, the record of runs, and what docs say of it."""
 
 import itertools
+import json
 import math
 import pathlib
 
@@ -86,8 +87,9 @@ def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     assert len(record.rows) == done
     study.conduct("bowl")
     assert count == done
-    lost = record.rows.pop()
-    record.add(record.rows.pop())
+    kept = json.loads(record.file.read_text())
+    lost = kept["runs"].pop()
+    record.file.write_text(json.dumps(kept))
     study.conduct("bowl")
     assert count == done + 1
     assert runs.Runs("bowl").rows[-1]["figures"] == lost["figures"]

@@ -1,10 +1,14 @@
 """A study's runs, on disk and as what they say."""
 
+import contextlib
+import fcntl
 import json
 import math
+import os
 import pathlib
 import statistics
 import sys
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -21,6 +25,9 @@ class Runs:
 
     def __init__(self, name: str, folder: pathlib.Path = RESULTS):
         self.file = folder / f"{name}.json"
+        self.read()
+
+    def read(self) -> None:
         found = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.rows: list[Row] = found.get("runs", [])
         self.machine = found.get("machine")
@@ -29,12 +36,25 @@ class Runs:
         return [x for x in self.rows if all(x[key] == wanted[key] for key in wanted)]
 
     def add(self, row: Row) -> None:
-        self.rows.append(row)
+        """Keeps a run beside those that other processes have added meanwhile."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        content = {"machine": common.machine(), "runs": self.rows}
-        new = self.file.with_suffix(".new")
-        new.write_text(json.dumps(content).replace('{"method"', '\n{"method"') + "\n")
-        new.replace(self.file)
+        with _locked(self.file.parent):
+            self.read()
+            self.rows.append(row)
+            content = {"machine": common.machine(), "runs": self.rows}
+            new = self.file.with_suffix(".new")
+            new.write_text(json.dumps(content).replace('{"method"', '\n{"method"') + "\n")
+            new.replace(self.file)
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class Outcome(NamedTuple):

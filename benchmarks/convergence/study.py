@@ -133,6 +133,7 @@ def conduct(name: str, only: str | None = None) -> None:
         ) -> list[dict[str, Any]]:
             nonlocal task, step
             rows = []
+            runs.read()  # another process may do a part of the same study
             for seed in range(seeds):
                 key = {
                     "method": title,
