@@ -1,0 +1,129 @@
+"""Memory of a whole training step: forward, backward and update, by XLA's account.
+
+python benchmarks/peak_memory.py
+
+A small model of Llama's kind, compiled and not run, with MicroAdam and with optax.adamw,
+plain and with gradients accumulated by `optax.MultiSteps`. Parameters and state are
+donated; what counts is the peak: arguments, what outputs need beside them, temporaries.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from common import SETTINGS, report
+from microadam_optax import microadam
+from microadam_optax._models import shapes_of
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 8192,
+}
+BATCH, LENGTH = 1, 128
+RATE = 1e-3  # plays no part in what is held
+Params = dict[str, jax.Array]
+
+
+def normalized(x: jax.Array, scale: jax.Array) -> jax.Array:
+    return x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-5) * scale
+
+
+def rotated(x: jax.Array) -> jax.Array:
+    """Rotary positions of heads ``(batch, length, heads, width)``."""
+    half = x.shape[-1] // 2
+    speeds = 1e4 ** -(jnp.arange(half) / half)
+    angles = jnp.arange(x.shape[1])[:, None, None] * speeds
+    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+    one, two = x[..., :half], x[..., half:]
+    return jnp.concatenate([one * cos - two * sin, two * cos + one * sin], -1)
+
+
+def logits_of(params: Params, tokens: jax.Array) -> jax.Array:
+    x = params["embed/embedding"][tokens]
+    head = CONFIG["hidden_size"] // CONFIG["num_attention_heads"]
+    for layer in range(CONFIG["num_hidden_layers"]):
+        own = functools.partial(_own, params, layer)
+        y = normalized(x, own("attention_norm/scale"))
+        q, k, v = (
+            (y @ own(f"attention/{part}/kernel")).reshape(*y.shape[:2], -1, head)
+            for part in ("query", "key", "value")
+        )
+        y = jax.nn.dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
+        x = x + y.reshape(x.shape) @ own("attention/out/kernel")
+        y = normalized(x, own("mlp_norm/scale"))
+        y = jax.nn.silu(y @ own("mlp/gate/kernel")) * (y @ own("mlp/up/kernel"))
+        x = x + y @ own("mlp/down/kernel")
+    return normalized(x, params["norm/scale"]) @ params["head/kernel"]
+
+
+def _own(params: Params, layer: int, name: str) -> jax.Array:
+    return params[f"layers/{layer}/{name}"]
+
+
+def mean_loss(params: Params, tokens: jax.Array) -> jax.Array:
+    logits = logits_of(params, tokens[:, :-1]).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    return losses.mean()
+
+
+def shapes(dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    found = shapes_of(CONFIG)
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in found.items()}
+
+
+def step_bytes(tx: optax.GradientTransformation, dtype: Any) -> dict[str, int]:
+    """XLA's account of the compiled step."""
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, tokens):
+        loss, gradients = jax.value_and_grad(mean_loss)(params, tokens)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    params = shapes(dtype)
+    state = jax.eval_shape(tx.init, params)
+    tokens = jax.ShapeDtypeStruct((BATCH, LENGTH + 1), jnp.int32)
+    found = step.lower(params, state, tokens).compile().memory_analysis()
+    held = {
+        "arguments": found.argument_size_in_bytes,
+        "outputs_beside": found.output_size_in_bytes - found.alias_size_in_bytes,
+        "temporary": found.temp_size_in_bytes,
+    }
+    return {**held, "peak": sum(held.values())}
+
+
+def transformations() -> dict[str, optax.GradientTransformation]:
+    plain = {"optax.adamw": optax.adamw(RATE)} | {
+        f"MicroAdam {name}": microadam(RATE, weight_decay=1e-4, **kw)
+        for name, kw in SETTINGS.items()
+    }
+    accumulated = {
+        f"{name}, MultiSteps": optax.MultiSteps(tx, 4).gradient_transformation()
+        for name, tx in plain.items()
+    }
+    return {**plain, **accumulated}
+
+
+def main() -> None:
+    number = sum(leaf.size for leaf in shapes(jnp.float32).values())
+    results: dict[str, Any] = {"config": CONFIG, "parameters": number, "rows": []}
+    results |= {"batch": BATCH, "length": LENGTH}
+    for dtype in ("float32", "bfloat16"):
+        for name, tx in transformations().items():
+            row = {"optimizer": name, "dtype": dtype, **step_bytes(tx, dtype)}
+            results["rows"].append(row)
+            each = {x: round(row[x] / number, 2) for x in list(row)[2:]}
+            print(f"{dtype} {name}: bytes a parameter {each}", flush=True)
+    report("peak_memory", results)
+
+
+if __name__ == "__main__":
+    main()
