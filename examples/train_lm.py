@@ -13,73 +13,37 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 from tqdm import tqdm
 
-from microadam_optax import microadam
+from language_model import LanguageModel, mean_loss
+from microadam_optax import Health, diagnostics, microadam
 
 LEARNING_RATE = {"microadam": 2e-3, "adamw": 2e-3}  # the best of a few for each
 HELD_OUT = 0.05  # share of the text, its end, that is only evaluated
 EVALUATIONS = 5  # during the training
+CLIP = 1.0  # global norm of the gradient
 
 
-class Block(nnx.Module):
-    """Causal attention and an MLP, each behind a norm and around a residual."""
+def make_step(
+    graph: nnx.GraphDef, tx: optax.GradientTransformation, healthy: bool = False
+):
+    """The whole training step, jitted; parameters and state are updated in place.
 
-    def __init__(self, width: int, heads: int, rngs: nnx.Rngs):
-        self.heads = heads
-        self.norm_attention = nnx.LayerNorm(width, rngs=rngs)
-        self.query_key_value = nnx.Linear(width, 3 * width, use_bias=False, rngs=rngs)
-        self.attention_out = nnx.Linear(width, width, use_bias=False, rngs=rngs)
-        self.norm_mlp = nnx.LayerNorm(width, rngs=rngs)
-        self.up = nnx.Linear(width, 4 * width, rngs=rngs)
-        self.down = nnx.Linear(4 * width, width, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        batch, length, width = x.shape
-        heads = (batch, length, 3, self.heads, width // self.heads)
-        qkv = self.query_key_value(self.norm_attention(x)).reshape(heads)
-        q, k, v = (qkv[:, :, i] for i in range(3))
-        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.attention_out(attended.reshape(x.shape))
-        return x + self.down(nnx.gelu(self.up(self.norm_mlp(x))))
-
-
-class LanguageModel(nnx.Module):
-    """Next-byte logits for a batch of byte sequences."""
-
-    def __init__(self, length: int, width: int, depth: int, heads: int, rngs: nnx.Rngs):
-        self.bytes = nnx.Embed(256, width, rngs=rngs)
-        self.positions = nnx.Embed(length, width, rngs=rngs)
-        self.blocks = nnx.List([Block(width, heads, rngs) for _ in range(depth)])
-        self.norm = nnx.LayerNorm(width, rngs=rngs)
-        self.logits = nnx.Linear(width, 256, use_bias=False, rngs=rngs)
-
-    def __call__(self, text: jax.Array) -> jax.Array:
-        x = self.bytes(text) + self.positions(jnp.arange(text.shape[1]))
-        for block in self.blocks:
-            x = block(x)
-        return self.logits(self.norm(x))
-
-
-def mean_loss(graph: nnx.GraphDef, params: nnx.State, text: jax.Array) -> jax.Array:
-    """Mean cross-entropy in nats a byte of sequences ``(batch, length + 1)``."""
-    logits = nnx.merge(graph, params)(text[:, :-1])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:])
-    return losses.mean()
-
-
-def make_step(graph: nnx.GraphDef, tx: optax.GradientTransformation):
-    """The whole training step, jitted; parameters and state are updated in place."""
+    With `healthy` it returns MicroAdam's diagnostics, too, else None in their place.
+    """
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, opt_state, text):
         loss, gradients = jax.value_and_grad(mean_loss, argnums=1)(graph, params, text)
         updates, opt_state = tx.update(gradients, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss
+        found = None
+        if healthy:
+            clipped, _ = optax.clip_by_global_norm(CLIP).update(gradients, None)
+            found = diagnostics(opt_state, clipped, updates).total
+        return optax.apply_updates(params, updates), opt_state, loss, found
 
     return step
 
@@ -102,7 +66,7 @@ def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
             alpha=args.alpha,
             weight_decay=args.weight_decay,
         )
-    return optax.chain(optax.clip_by_global_norm(1.0), inner)
+    return optax.chain(optax.clip_by_global_norm(CLIP), inner)
 
 
 def state_bytes(tx: optax.GradientTransformation, params: nnx.State) -> int:
@@ -157,8 +121,10 @@ def evaluate(loss, params: nnx.State, held_out: np.ndarray, batch: int) -> float
     return sum(losses) / len(held_out)
 
 
-def train(args: argparse.Namespace, text: np.ndarray) -> dict[str, list]:
-    """Trains, shows progress, and returns the loss curves."""
+def train(
+    args: argparse.Namespace, text: np.ndarray, healthy: bool = False
+) -> dict[str, list]:
+    """Trains, shows progress, and returns the curves, of diagnostics if `healthy`."""
     train_text, held_out = split_text(text, args.length)
     model = LanguageModel(
         args.length, args.width, args.depth, args.heads, nnx.Rngs(args.seed)
@@ -174,20 +140,26 @@ def train(args: argparse.Namespace, text: np.ndarray) -> dict[str, list]:
         f"({bytes_adam / number:.2f})"
     )
     unigram = unigram_loss(train_text, held_out)
-    step, opt_state = make_step(graph, tx), jax.jit(tx.init)(params)
+    step = make_step(graph, tx, healthy)
+    opt_state = jax.jit(tx.init)(params)
     held_out_loss = jax.jit(functools.partial(mean_loss, graph))
     curves: dict[str, list] = {"train": [], "validation": [], "unigram": [unigram]}
+    curves["health"] = []
     stream, every = batches(train_text, args), max(1, args.steps // EVALUATIONS)
     began = time.perf_counter()
     with tqdm(total=args.steps, unit="step", disable=args.quiet) as bar:
         for number in range(1, args.steps + 1):
-            params, opt_state, loss = step(params, opt_state, next(stream))
+            params, opt_state, loss, found = step(params, opt_state, next(stream))
             curves["train"].append(float(loss))
+            note = ""
+            if found is not None:
+                curves["health"].append(jax.tree.map(float, found))
+                note = f", error/gradient {float(found.error_over_gradient):.1f}"
             if number % every == 0 or number == args.steps:
                 value = evaluate(held_out_loss, params, held_out, args.batch)
                 curves["validation"].append((number, value))
             speed = number * args.batch * args.length / (time.perf_counter() - began)
-            bar.set_postfix_str(f"loss {float(loss):.3f}, {speed:,.0f} tokens/s")
+            bar.set_postfix_str(f"loss {float(loss):.3f}, {speed:,.0f} tokens/s{note}")
             bar.update()
     last = curves["validation"][-1][1]
     print(f"validation loss {last:.4f} nats a byte, unigram model {unigram:.4f}")
@@ -209,6 +181,23 @@ def plot(curves: dict[str, list], title: str, file: pathlib.Path) -> None:
     axes.legend()
     figure.savefig(file, dpi=120)
     print(f"loss curve: {file}")
+
+
+def plot_health(health: list[Health], file: pathlib.Path) -> None:
+    """Every figure of the diagnostics over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, all_axes = plt.subplots(2, 4, figsize=(14, 6), layout="constrained")
+    steps = range(1, len(health) + 1)
+    for axes, name in zip(all_axes.ravel(), Health._fields, strict=True):
+        axes.plot(steps, [getattr(one, name) for one in health], linewidth=0.8)
+        axes.set(title=name.replace("_", " "), xlabel="step")
+        axes.set_ylim(bottom=0)
+    figure.savefig(file, dpi=120)
+    print(f"diagnostics: {file}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -272,10 +261,20 @@ def check(args: argparse.Namespace, parser: Parser) -> np.ndarray:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument(
+        "--log-diagnostics",
+        action="store_true",
+        help="MicroAdam's health beside the loss, and as a picture",
+    )
     args = parser.parse_args(arguments)
+    if args.log_diagnostics and args.optimizer != "microadam":
+        parser.error("--log-diagnostics is for --optimizer microadam")
     text = check(args, parser)
-    curves = train(args, text)
+    curves = train(args, text, args.log_diagnostics)
     plot(curves, f"byte language model, {args.optimizer}", args.plot)
+    if curves["health"]:
+        file = args.plot.with_stem(f"{args.plot.stem}_health")
+        plot_health(curves["health"], file)
     return 0
 
 

@@ -28,6 +28,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
+import language_model
 import train_lm
 from microadam_optax import check_checkpoint, state_shardings
 
@@ -55,7 +56,7 @@ def make_step(graph, tx: optax.GradientTransformation, places):
 
     @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*places, None))
     def step(params, opt_state, text):
-        value_and_grad = jax.value_and_grad(train_lm.mean_loss, argnums=1)
+        value_and_grad = jax.value_and_grad(language_model.mean_loss, argnums=1)
         loss, gradients = value_and_grad(graph, params, text)
         updates, opt_state = tx.update(gradients, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss
@@ -95,9 +96,11 @@ def restore(manager: ocp.CheckpointManager, tx, params, places):
     return last, (found["params"], found["opt_state"])
 
 
-def make_model(args: argparse.Namespace) -> train_lm.LanguageModel:
+def make_model(args: argparse.Namespace) -> language_model.LanguageModel:
     rngs = nnx.Rngs(args.seed)
-    return train_lm.LanguageModel(args.length, args.width, args.depth, args.heads, rngs)
+    return language_model.LanguageModel(
+        args.length, args.width, args.depth, args.heads, rngs
+    )
 
 
 def start(args: argparse.Namespace, mesh: jax.sharding.Mesh, manager):

@@ -32,6 +32,12 @@ def test_it_trains_on_files_and_draws(optimizer, tmp_path, capsys):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_diagnostics_are_drawn(tmp_path, capsys):
+    plot = run(tmp_path, "--log-diagnostics", "--window", "3")
+    assert plot.with_stem("loss_health").read_bytes().startswith(b"\x89PNG")
+    assert "diagnostics: " in capsys.readouterr().out
+
+
 def test_it_learns():
     """Beats the unigram model on text with structure."""
     text = np.frombuffer(b"abcdefgh" * 400, np.uint8)
@@ -56,6 +62,7 @@ def test_embedded_text_and_its_unigram_loss():
     [
         (["--steps", "0"], "argument --steps: invalid positive int value: '0'"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--log-diagnostics", "--optimizer", "adamw"], "is for --optimizer microadam"),
         (["--optimizer", "sgd"], "invalid choice: 'sgd'"),
         (["--heads", "3"], "--width 32 is not a multiple of --heads 3"),
         (["--density", "2"], "`density` must be a number in (0, 1], got 2.0."),

@@ -5,8 +5,8 @@ python benchmarks/convergence/study.py --list
 
 For every optimizer the learning rate is searched on a grid of factors of two, five
 points at first and more while the best lies at an end; the best runs again with further
-seeds. Results are written after each run, so that a study that was interrupted goes on
-where it was.
+seeds. Longer runs begin at that rate and halve it while that helps. Results are written
+after each run, so that a study that was interrupted goes on where it was.
 """
 
 import argparse
@@ -36,7 +36,7 @@ class Study(NamedTuple):
     seeds: int = 3
     search_seeds: int = 1
     evaluations: int = 10  # of a run
-    long: int = 0  # steps of longer runs at the best learning rates, if any
+    long: int = 0  # steps of longer runs, if any
 
 
 def pretrained() -> Any:
@@ -155,8 +155,11 @@ def conduct(name: str, only: str | None = None) -> None:
         rate = search(method.centre, lambda x, go=trained: go(x, study.search_seeds))
         rows = trained(rate, study.seeds)
         if study.long:
-            scores = {x: mean_score(trained(x, 1, study.long)) for x in (rate, rate / 2)}
-            rate = min(scores, key=lambda x: scores[x])
+            score_of = functools.cache(
+                lambda x, go=trained: mean_score(go(x, 1, study.long))
+            )
+            while score_of(rate / 2) < score_of(rate):  # longer runs want smaller rates
+                rate /= 2
             rows = trained(rate, study.seeds, study.long)
         figures = ", ".join(f"{abs(score(row)):.4f}" for row in rows)
         print(f"{number}/{len(study.methods)} {title}: rate {rate:g}: {figures}")

@@ -19,6 +19,8 @@ sys.path.append(str(ROOT / "examples"))
 import bert  # noqa: E402
 import docstrings  # noqa: E402
 import finetune_bert  # noqa: E402
+import language_model  # noqa: E402
+import text_data  # noqa: E402
 import train_lm  # noqa: E402
 
 LENGTH, BATCH = 64, 8  # of the language model
@@ -43,11 +45,11 @@ def language(text: np.ndarray, start: Any = None) -> Task:
     """A byte language model of a text, from scratch or from given parameters."""
     train, held_out = train_lm.split_text(text, LENGTH)
 
-    def model(seed: int) -> train_lm.LanguageModel:
-        return train_lm.LanguageModel(LENGTH, WIDTH, DEPTH, HEADS, nnx.Rngs(seed))
+    def model(seed: int) -> language_model.LanguageModel:
+        return language_model.LanguageModel(LENGTH, WIDTH, DEPTH, HEADS, nnx.Rngs(seed))
 
     graph, _ = nnx.split(model(0), nnx.Param)
-    loss = functools.partial(train_lm.mean_loss, graph)
+    loss = functools.partial(language_model.mean_loss, graph)
     jitted = jax.jit(loss)
 
     def init(seed: int) -> Any:
@@ -139,7 +141,7 @@ def bert_docstrings() -> Task:
     train, held_out = docstrings.load()
     labels = sorted({label for label, _ in train})
     tokens = bert.Tokens(folder, BERT_LENGTH)
-    data, evaluated = (finetune_bert.encode(x, labels, tokens) for x in (train, held_out))
+    data, evaluated = (text_data.encode(x, labels, tokens) for x in (train, held_out))
 
     def classifier(seed: int) -> Any:
         return finetune_bert.make_classifier(folder, len(labels), "mean", seed)
@@ -155,7 +157,7 @@ def bert_docstrings() -> Task:
         return finetune_bert.mean_loss(graph, params, examples, jax.random.key(seed))
 
     def batches(seed: int) -> Iterator[Any]:
-        stream = finetune_bert.batches(data, BERT_BATCH, seed)
+        stream = text_data.batches(data, BERT_BATCH, seed)
         for number, batch in enumerate(stream):
             yield batch, np.uint32(1_000_003 * seed + number)  # the seed of the dropout
 
