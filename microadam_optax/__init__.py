@@ -1,6 +1,8 @@
 """MicroAdam for JAX: Adam in less than a byte of optimizer state a parameter."""
 
 from microadam_optax import memory as memory
+from microadam_optax._apply import apply_updates_stochastic as apply_updates_stochastic
+from microadam_optax._apply import lost_updates as lost_updates
 from microadam_optax._checkpoint import check_checkpoint as check_checkpoint
 from microadam_optax._checks import STATIC_ARGS as STATIC_ARGS
 from microadam_optax._dense import matching as matching

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+import pure_bfloat16
 import train_lm
 
 SIZES = {"steps": 12, "batch": 4, "length": 32, "width": 32, "depth": 1, "heads": 2}
@@ -84,3 +85,16 @@ def test_errors_are_one_line_and_status_2(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert message in lines[0]
+
+
+def test_pure_bfloat16(capsys):
+    sizes = {"steps": 40, "batch": 4, "length": 16, "width": 16, "depth": 1}
+    arguments = [f"--{name}={size}" for name, size in sizes.items()]
+    assert (
+        pure_bfloat16.main(["--quiet", "--window=1", "--learning-rate=1e-4", *arguments])
+        == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    shares = [int(re.search(r"(\d+)% of late", line)[1]) for line in lines]
+    assert shares[0] == 0
+    assert min(shares[1:]) > 50
