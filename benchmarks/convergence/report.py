@@ -85,8 +85,13 @@ def main_section(name: str) -> str:
         f"{table(found, adam_of(found))}{note}\n\n"
         f"![{what} by step](images/{name}.png)\n\n"
         f"![{what} by learning rate](images/{name}_rates.png)\n\n"
-        f"{tables.measured_on({'machine': runs.machine})}."
+        f"{measured_on(name, runs)}."
     )
+
+
+def measured_on(name: str, runs: Runs) -> str:
+    command = f"python benchmarks/convergence/study.py {name}"  # a part of it or all
+    return tables.measured_on({"machine": {**runs.machine, "command": command}})
 
 
 def windows_section(name: str, reference: str) -> str:

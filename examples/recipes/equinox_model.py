@@ -1,0 +1,42 @@
+"""Equinox: the model is the tree; its arrays are what is optimized.
+
+python examples/recipes/equinox_model.py
+"""
+
+import equinox as eqx
+import jax
+import optax
+
+import digits
+from microadam_optax import matching, microadam
+
+STEPS = 300
+
+
+def main() -> float:
+    train_images, test_images, train_labels, test_labels = digits.load()
+    schedule = optax.cosine_decay_schedule(4e-3, STEPS)
+    model = eqx.nn.MLP(64, 10, width_size=128, depth=1, key=jax.random.key(0))
+    tx = microadam(schedule, window=2, density=0.12, dense=matching("bias"))
+    state = tx.init(eqx.filter(model, eqx.is_inexact_array))
+
+    @eqx.filter_jit
+    def step(model, state, images, labels):
+        def loss_of(model):
+            return digits.cross_entropy(jax.vmap(model)(images), labels)
+
+        gradients = eqx.filter_grad(loss_of)(model)
+        updates, state = tx.update(
+            gradients, state, eqx.filter(model, eqx.is_inexact_array)
+        )
+        return eqx.apply_updates(model, updates), state
+
+    for images, labels in digits.batches(train_images, train_labels, STEPS):
+        model, state = step(model, state, images, labels)
+    found = digits.accuracy(jax.vmap(model)(test_images), test_labels)
+    print(f"test accuracy {found:.1%}")
+    return found
+
+
+if __name__ == "__main__":
+    main()

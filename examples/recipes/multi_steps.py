@@ -1,0 +1,40 @@
+"""`optax.MultiSteps`: gradients of several small batches make one step.
+
+python examples/recipes/multi_steps.py
+"""
+
+import functools
+
+import jax
+import optax
+
+import digits
+from microadam_optax import microadam, smaller_than
+
+STEPS, EVERY = 600, 4
+
+
+def main() -> float:
+    train_images, test_images, train_labels, test_labels = digits.load()
+    # The schedule counts steps of the optimizer, a fourth of those of the loop.
+    schedule = optax.cosine_decay_schedule(4e-3, STEPS // EVERY)
+    inner = microadam(schedule, window=2, density=0.12, dense=smaller_than(256))
+    tx = optax.MultiSteps(inner, EVERY)
+    params = digits.init()
+    state = tx.init(params)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, images, labels):
+        gradients = jax.grad(digits.loss_of)(params, images, labels)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for images, labels in digits.batches(train_images, train_labels, STEPS):
+        params, state = step(params, state, images[:16], labels[:16])
+    found = digits.accuracy(digits.logits_of(params, test_images), test_labels)
+    print(f"test accuracy {found:.1%} after {int(state.gradient_step)} steps")
+    return found
+
+
+if __name__ == "__main__":
+    main()
