@@ -3,9 +3,9 @@
 python examples/recipes/differential_privacy.py
 
 Gradients of single examples are clipped, summed and noised by optax; what MicroAdam makes
-of the sum, its error feedback too, needs no privacy budget (arXiv 2511.20509). Batches are
-drawn as the accounting assumes: each example independently with the same probability. A
-batch has room for more than are drawn; the rest of it has no weight.
+of the sum, its error feedback too, needs no privacy budget (arXiv 2511.20509). Batches
+are drawn as the accounting assumes: each example independently with the same probability.
+A batch has room for more than are drawn; the rest of it has no weight.
 """
 
 import functools
