@@ -135,6 +135,23 @@ def fill(text: str, name: str, content: str) -> str:
     return re.sub(pattern, lambda _: f"{begin}\n{content}\n{end}", text, flags=re.DOTALL)
 
 
+def peak_table(results: dict) -> str:
+    """Bytes a parameter of a whole training step."""
+    number = results["parameters"]
+    header = ["optimizer", "dtype", "arguments", "temporary", "peak", "of adamw's"]
+    rows, reference = [], {}
+    for row in results["rows"]:
+        kind = row["dtype"], "MultiSteps" in row["optimizer"]
+        reference.setdefault(kind, row["peak"])  # optax.adamw comes first
+        figures = (f"{row[x] / number:.2f}" for x in ("arguments", "temporary", "peak"))
+        ratio = f"{row['peak'] / reference[kind]:.2f}"
+        rows.append([row["optimizer"], row["dtype"], *figures, ratio])
+    return (
+        f"{table(header, rows)}\n\nBytes a parameter, {number:,} parameters, a batch of "
+        f"{results['batch']} x {results['length']} tokens: {measured_on(results)}."
+    )
+
+
 def sent(collectives: dict[str, int]) -> str:
     return ", ".join(f"{n} {name}" for name, n in collectives.items()) or "0"
 
@@ -348,7 +365,8 @@ def main() -> None:
     readme.write_text(fill(text, "speed", speed + compiling))
     of_memory = ROOT / "docs" / "memory.md"
     content = f"{state_table(memory)}\n\nFrom shapes alone: {measured_on(memory)}."
-    of_memory.write_text(fill(of_memory.read_text(), "state", content))
+    text = fill(of_memory.read_text(), "state", content)
+    of_memory.write_text(fill(text, "peak", peak_table(load("peak_memory"))))
     kernels = ROOT / "docs" / "kernels.md"
     text = fill(kernels.read_text(), "gpu code", gpu_code_table(load("kernels")))
     kernels.write_text(fill(text, "tpu code", tpu_code_table(load("kernels"))))
