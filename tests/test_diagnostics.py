@@ -1,11 +1,15 @@
 """`diagnostics` against plain NumPy, and on every kind of state."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from meshes import make_mesh
 from microadam_optax import diagnostics, microadam, scale_by_microadam, smaller_than
 
 SHAPES = {"w": (6, 200), "odd": (13,), "b": (3, 5, 40)}
@@ -159,3 +163,27 @@ def test_errors():
         ValueError, match=r"of \['odd'\] is not that of an array of shape"
     ):
         diagnostics(state, updates={**updates, "odd": jnp.zeros((99,))})
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_on_a_mesh(kind):
+    """Sharded state, gradients and updates give the figures of one device."""
+    mesh = make_mesh("fsdp 4, tp 2", kind)
+    specs = {"w": P("fsdp", "tp"), "b": P("tp")}
+    keys = dict(zip(specs, jax.random.split(jax.random.key(0)), strict=True))
+    shapes = {"w": (16, 512), "b": (1024,)}
+    given = {name: jax.random.normal(keys[name], shapes[name]) for name in specs}
+    tx = scale_by_microadam(window=3, density=0.05)
+
+    def figures(gradients):
+        state = tx.init(gradients)
+        for _ in range(2):
+            updates, state = jax.jit(tx.update)(gradients, state)
+        return jax.jit(diagnostics)(state, gradients, updates)
+
+    alone = figures(given)
+    with jax.set_mesh(mesh):
+        places = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+        sharded = figures(jax.device_put(given, places))
+    # Sums of up to 8192 squares in another order.
+    chex.assert_trees_all_close(sharded, alone, rtol=2**-23 * 8192**0.5)

@@ -1,7 +1,9 @@
 """The memory planner: published parameter counts, bytes by arithmetic, clear errors."""
 
+import importlib.metadata
 import json
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -164,8 +166,15 @@ def test_errors_are_one_line_and_status_2(content, arguments, words, tmp_path, c
     assert words in error
 
 
+def test_the_command_is_installed():
+    (command,) = importlib.metadata.entry_points(
+        group="console_scripts", name="microadam-memory"
+    )
+    assert command.load() is _planner.main
+
+
 def test_without_rich(monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "rich", None)
+    monkeypatch.setitem(sys.modules, "rich", None)
     with pytest.raises(SystemExit):
         _planner.main(["gpt2"])
     assert "pip install rich" in capsys.readouterr().err

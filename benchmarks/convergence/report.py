@@ -187,6 +187,12 @@ def main() -> None:
     for name, content in sections.items():
         text = tables.fill(text, name, content)
     page.write_text(text)
+    readme = ROOT / "README.md"
+    found = outcomes("language", study.STUDIES["language"].long, list(methods.MAIN))
+    quality = (
+        f"{table(found, adam_of(found))}\n\n{measured_on('language', Runs('language'))}."
+    )
+    readme.write_text(tables.fill(readme.read_text(), "quality", quality))
     tuning = DOCS / "tuning.md"
     tuning.write_text(tables.fill(tuning.read_text(), "rates", rates_section()))
     held = tables.load("memory")["state_bytes_a_parameter"]["Llama-2-7B"]
