@@ -4,6 +4,8 @@ import hypothesis
 import jax
 import pytest
 
+collect_ignore = ["data"]  # a script there needs torch
+
 jax.config.update("jax_num_cpu_devices", 8)  # before the first array
 hypothesis.settings.register_profile(
     "fixed", deadline=None, derandomize=True, print_blob=True
