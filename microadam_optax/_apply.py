@@ -23,7 +23,10 @@ def apply_updates_stochastic(params: Any, updates: Any, key: jax.Array) -> Any:
       key: a PRNG key, another one for each step.
 
     Returns:
-      The new parameters, in the dtypes of `params`.
+      The new parameters, in the shapes and dtypes of `params`.
+
+    Raises:
+      ValueError: `updates` is not a tree like `params`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -50,8 +53,8 @@ def lost_updates(params: Any, updates: Any) -> jax.Array:
     """The share of the updates that ordinary rounding loses.
 
     Args:
-      params: the parameters before the step.
-      updates: what is added to them.
+      params: the parameters before the step, of any shapes and floating-point dtypes.
+      updates: what is added to them, a tree like `params`.
 
     Returns:
       float32 scalar: of the entries whose update is not 0, the share that

@@ -44,7 +44,7 @@ transformation has `window` 10.
     for prefix, node in nodes:
         if isinstance(node, MicroAdamState):
             for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-                here = (_key(prefix), _key(path))
+                here = (_checks.key(prefix), _checks.key(path))
                 _check_leaf(path, tuple(leaf.shape), here, found, wanted)
     for key, shape in wanted.items():
         if found.get(key) != shape:
@@ -76,12 +76,7 @@ def _check_leaf(path: Any, shape: tuple[int, ...], here: tuple, found, wanted) -
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {_key(path): tuple(leaf.shape) for path, leaf in leaves}
-
-
-def _key(path: Any) -> str:
-    """A path without the types of its containers."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return {_checks.key(path): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def _join(*keys: str) -> str:

@@ -219,6 +219,11 @@ def check_form(path: Any, made: Form, asked: Form) -> None:
         )
 
 
+def key(path: Any) -> str:
+    """A leaf's path as its names joined by slashes, without the types of containers."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def name(path: Any) -> str:
     """A leaf's path as people write it."""
     return jax.tree_util.keystr(path) or "the only leaf"

@@ -22,6 +22,9 @@ def smaller_than(size: int) -> Callable[[Any, Any], bool]:
     Returns:
       A function of a leaf's path and the leaf.
 
+    Raises:
+      TypeError: `size` is not an integer.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from microadam_optax import microadam, smaller_than
@@ -52,6 +55,9 @@ def matching(pattern: str) -> Callable[[Any, Any], bool]:
     Returns:
       A function of a leaf's path and the leaf.
 
+    Raises:
+      re.error: `pattern` is not a regular expression.
+
     Example:
       >>> import jax
       >>> from microadam_optax import matching
@@ -64,8 +70,7 @@ def matching(pattern: str) -> Callable[[Any, Any], bool]:
 
     def dense(path: Any, leaf: Any) -> bool:
         del leaf
-        key = jax.tree_util.keystr(path, simple=True, separator="/")
-        return compiled.search(key) is not None
+        return compiled.search(_checks.key(path)) is not None
 
     return dense
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from microadam_optax import _blocks, _quantize
-from microadam_optax._checks import name
+from microadam_optax._checks import key, name
 from microadam_optax._state import Form, LeafState, MicroAdamState, form_of
 
 
@@ -107,13 +107,11 @@ def diagnostics(state: Any, gradients: Any = None, updates: Any = None) -> Diagn
     for node in jax.tree.leaves(state, is_leaf=_is_own):
         if _is_own(node):
             for path, _ in jax.tree_util.tree_leaves_with_path(node.codes):
-                sums[_key(path)] = _sums_of(
-                    path, node, *(x.get(_key(path)) for x in given)
-                )
+                sums[key(path)] = _sums_of(path, node, *(x.get(key(path)) for x in given))
     if not sums:
         raise ValueError("There is no MicroAdamState with leaves in `state`.")
     total = functools.reduce(lambda a, b: _Sums(*map(operator.add, a, b)), sums.values())
-    return Diagnostics(_health(total), {key: _health(one) for key, one in sums.items()})
+    return Diagnostics(_health(total), {at: _health(one) for at, one in sums.items()})
 
 
 def _is_own(x: Any) -> bool:
@@ -121,17 +119,13 @@ def _is_own(x: Any) -> bool:
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
-    return {_key(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _key(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return {key(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _sums_of(path: Any, node: MicroAdamState, gradient: Any, update: Any) -> _Sums:
     """The sums of one leaf."""
     fields = (getattr(node, x) for x in LeafState._fields)
-    leaf = LeafState(*(None if x is None else _by_path(x)[_key(path)] for x in fields))
+    leaf = LeafState(*(None if x is None else _by_path(x)[key(path)] for x in fields))
     window = 1 if node.ages is None else node.ages.size + 1
     like = update if gradient is None else gradient
     if like is None:

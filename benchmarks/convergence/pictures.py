@@ -81,16 +81,16 @@ def equal_bytes(
         axes.axhline(adam.mean, color="black", linewidth=1)
         low, high = adam.mean - adam.spread, adam.mean + adam.spread
         axes.axhspan(low, high, color="black", alpha=0.1)
-        axes.text(0.99, adam.mean, "Adam, 8 bytes", transform=_across(axes), ha="right")
+        axes.text(0.99, adam.mean, "Adam, 8 bytes", **_beside(axes))
     axes.margins(x=0.15)
     what = deciding(outcomes[0].rows[0])
     axes.set(xlabel="bytes of state a parameter", ylabel=what, title=title)
     save(figure, file)
 
 
-def _across(axes: Any) -> Any:
-    """Coordinates that are the axes' share in x and data in y."""
-    return axes.get_yaxis_transform()
+def _beside(axes: Any) -> dict[str, Any]:
+    """Text above a line of its height in data, at the right edge of the picture."""
+    return {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom"}
 
 
 def rosenbrock(found: dict[str, Any], file: pathlib.Path) -> None:
