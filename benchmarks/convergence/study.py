@@ -50,7 +50,6 @@ def finetuned_language() -> tasks.Task:
     return tasks.language(tasks.source_text(), start=pretrained())
 
 
-@functools.cache
 def language() -> tasks.Task:
     return tasks.language(tasks.help_text())
 
@@ -114,62 +113,74 @@ def search(centre: float, trained: Callable[[float], list[dict[str, Any]]]) -> f
     return rate(min(scores, key=lambda i: scores[i]))
 
 
-def conduct(name: str, only: str | None = None) -> None:
+class Work:
+    """The runs of one optimizer in a study: read where they are on disk, else done."""
+
+    def __init__(
+        self, study: Study, runs: Runs, task: Callable[[], tasks.Task], title: str
+    ):
+        self.study, self.runs, self.task, self.title = study, runs, task, title
+        self.method = study.methods[title]
+
+    @functools.cached_property
+    def step(self) -> Callable:
+        return training.make_step(self.task(), self.method)
+
+    def rows(self, rate: float, seeds: int, steps: int) -> list[dict[str, Any]]:
+        self.runs.read()  # another process may do a part of the same study
+        found = []
+        for seed in range(seeds):
+            key = {"learning_rate": rate, "seed": seed, "steps": steps}
+            key = {"method": self.title, **key}
+            if not self.runs.find(**key):
+                self.run(rate, seed, steps)
+            found += self.runs.find(**key)
+        return found
+
+    def run(self, rate: float, seed: int, steps: int) -> None:
+        label = f"{self.title}, rate {rate:g}, seed {seed}"
+        what = self.task(), self.method, self.step
+        how = rate, seed, steps, self.study.evaluations
+        row, _ = training.run(*what, *how, title=label)
+        held = round(training.state_bytes(self.task(), self.method), 4)
+        self.runs.add({"method": self.title, "state_bytes": held, **row})
+
+    def best(self) -> tuple[float, list[dict[str, Any]]]:
+        """The best rate, and its runs with all seeds."""
+        study = self.study
+        rate = search(
+            self.method.centre, lambda x: self.rows(x, study.search_seeds, study.steps)
+        )
+        found = self.rows(rate, study.seeds, study.steps)
+        if not study.long:
+            return rate, found
+
+        def first(x: float) -> float:
+            return mean_score(self.rows(x, 1, study.long))
+
+        while first(rate / 2) < first(rate):  # longer runs want smaller rates
+            rate /= 2
+        return rate, self.rows(rate, study.seeds, study.long)
+
+
+def conduct(name: str, only: str = "") -> None:
     """Does all runs of a study that are not on disk."""
     study, runs = STUDIES[name], Runs(name)
-    task: tasks.Task | None = None
-
-    for number, (title, method) in enumerate(study.methods.items(), 1):
-        if only and only not in title:
-            continue
-        step: Callable | None = None
-
-        def trained(
-            rate: float,
-            seeds: int,
-            steps: int = study.steps,
-            title: str = title,
-            method: methods.Method = method,
-        ) -> list[dict[str, Any]]:
-            nonlocal task, step
-            rows = []
-            runs.read()  # another process may do a part of the same study
-            for seed in range(seeds):
-                key = {
-                    "method": title,
-                    "learning_rate": rate,
-                    "seed": seed,
-                    "steps": steps,
-                }
-                if not runs.find(**key):
-                    task = task or study.task()
-                    step = step or training.make_step(task, method)
-                    label = f"{title}, rate {rate:g}, seed {seed}"
-                    run = task, method, step, rate, seed, steps, study.evaluations
-                    row, _ = training.run(*run, title=label)
-                    held = round(training.state_bytes(task, method), 4)
-                    runs.add({"method": title, "state_bytes": held, **row})
-                rows += runs.find(**key)
-            return rows
-
-        rate = search(method.centre, lambda x, go=trained: go(x, study.search_seeds))
-        rows = trained(rate, study.seeds)
-        if study.long:
-            score_of = functools.cache(
-                lambda x, go=trained: mean_score(go(x, 1, study.long))
-            )
-            while score_of(rate / 2) < score_of(rate):  # longer runs want smaller rates
-                rate /= 2
-            rows = trained(rate, study.seeds, study.long)
-        figures = ", ".join(f"{abs(score(row)):.4f}" for row in rows)
-        print(f"{number}/{len(study.methods)} {title}: rate {rate:g}: {figures}")
-        jax.clear_caches()
+    task = functools.cache(study.task)
+    for number, title in enumerate(study.methods, 1):
+        if only in title:
+            rate, rows = Work(study, runs, task, title).best()
+            figures = ", ".join(f"{abs(score(row)):.4f}" for row in rows)
+            print(f"{number}/{len(study.methods)} {title}: rate {rate:g}: {figures}")
+            jax.clear_caches()
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", nargs="?", choices=list(STUDIES))
-    parser.add_argument("--only", metavar="TEXT", help="optimizers with this in the name")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="optimizers with this in the name"
+    )
     parser.add_argument("--list", action="store_true", help="what there is, and no more")
     args = parser.parse_args(arguments)
     if args.list or not args.study:

@@ -11,6 +11,7 @@ import optax
 from tqdm import tqdm
 
 from methods import Method
+from microadam_optax.memory import optimizer_bytes
 from tasks import Task
 
 CLIP = 1.0  # global norm of the gradient, for every optimizer
@@ -37,8 +38,7 @@ def optimizer(method: Method, rate: Any) -> optax.GradientTransformation:
 def state_bytes(task: Task, method: Method) -> float:
     """Bytes of optimizer state a parameter of the task's model."""
     params = jax.eval_shape(lambda: task.init(0))
-    state = jax.eval_shape(optimizer(method, 0.1).init, params)
-    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    held = optimizer_bytes(optimizer(method, 0.1), params)
     return held / sum(x.size for x in jax.tree.leaves(params))
 
 
