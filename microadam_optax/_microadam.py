@@ -54,10 +54,10 @@ def scale_by_microadam(
       grid: None for the default grids, or a tree like the parameters that has for
         every leaf a tuple of divisors of its shape, or None.
       dense: Leaves that are not compressed but scaled by `optax.scale_by_adam` with
-        the same decays, 8 bytes an entry: a function of a leaf's path and the leaf, as
-        for `jax.tree_util.tree_map_with_path`, that looks at nothing but path and shape
-        (`smaller_than`, `matching`); a tree of bools like the parameters, or a prefix
-        of it; or None for no leaves.
+        the same decays, two moments in the parameter's dtype: a function of a leaf's
+        path and the leaf, as for `jax.tree_util.tree_map_with_path`, that looks at
+        nothing but path and shape (`smaller_than`, `matching`); a tree of bools like
+        the parameters, or a prefix of it; or None for no leaves.
       alpha: Share of the error, in [0, 1), that goes into the update at once
         instead of being carried on: for training from scratch. 0 is the paper's
         method.
