@@ -151,7 +151,7 @@ def test_docs_have_the_tables_of_the_results(name):
     text, one = (DOCS / "convergence.md").read_text(), study.STUDIES[name]
     if name == "language_windows":
         found = report.outcomes(name, one.steps, list(methods.WINDOWS))
-        reference = report.adam_of(report.outcomes("language", one.steps, ["Adam"]))
+        reference = report.adam_of(report.outcomes(name, one.steps, ["Adam"]))
         found = [reference, *found] if reference and found else found
     else:
         found = report.outcomes(name, one.long or one.steps, list(methods.MAIN))

@@ -10,7 +10,7 @@ from typing import Any
 import methods
 import pictures
 import study
-from runs import RESULTS, ROOT, Outcome, Runs, by_rate, deciding, outcome
+from runs import RESULTS, ROOT, Outcome, by_rate, deciding, outcome
 
 sys.path.append(str(ROOT / "benchmarks"))
 
@@ -22,7 +22,7 @@ IMAGES = DOCS / "images"
 
 def outcomes(name: str, steps: int, only: list[str] | None = None) -> list[Outcome]:
     """Those optimizers of a study that have run with all seeds."""
-    one, runs = study.STUDIES[name], Runs(name)
+    one, runs = study.STUDIES[name], study.record(name)
     wanted = only or list(one.methods)
     found = [outcome(runs, method, steps, one.seeds) for method in wanted]
     return [x for x in found if x]
@@ -64,7 +64,7 @@ def adam_of(found: list[Outcome]) -> Outcome | None:
 
 def main_section(name: str) -> str:
     """A study of all optimizers: its table, its curves and its learning rates."""
-    one, runs = study.STUDIES[name], Runs(name)
+    one, runs = study.STUDIES[name], study.record(name)
     steps = one.long or one.steps
     found = outcomes(name, steps, [x for x in methods.MAIN if x in one.methods])
     if not found:
@@ -94,13 +94,13 @@ def measured_on(name: str, runs: Runs) -> str:
     return tables.measured_on({"machine": {**runs.machine, "command": command}})
 
 
-def windows_section(name: str, reference: str) -> str:
-    """The settings of MicroAdam beside their bytes; Adam from its own study."""
+def windows_section(name: str) -> str:
+    """The settings of MicroAdam beside their bytes, and Adam."""
     one = study.STUDIES[name]
     found = outcomes(name, one.steps, list(methods.WINDOWS))
     if not found:
         return "Not run yet."
-    adam = adam_of(outcomes(reference, one.steps, ["Adam"]))
+    adam = adam_of(outcomes(name, one.steps, ["Adam"]))
     image = f"{name}_bytes.png"
     pictures.equal_bytes(found, adam, one.about, IMAGES / image)
     what = deciding(found[0].rows[0])
@@ -115,12 +115,11 @@ def windows_section(name: str, reference: str) -> str:
 
 def rates_section() -> str:
     """The best learning rate of each setting over Adam's, by study."""
-    names = [x for x in study.STUDIES if Runs(x).rows]
+    names = [x for x in study.STUDIES if study.record(x).rows]
     ratios: dict[str, list[str]] = {}
     for name in names:
         one = study.STUDIES[name]
-        reference = "language" if name == "language_windows" else name
-        adam = adam_of(outcomes(reference, one.steps, ["Adam"]))
+        adam = adam_of(outcomes(name, one.steps, ["Adam"]))
         known = {x.method: x for x in outcomes(name, one.steps)}
         for method in [methods.PAPER, *methods.WINDOWS]:
             if method in known and adam:
@@ -180,8 +179,8 @@ def main() -> None:
     sections = {
         name: main_section(name) for name in study.STUDIES if "windows" not in name
     }
-    sections["digits windows"] = windows_section("digits", "digits")
-    sections["language windows"] = windows_section("language_windows", "language")
+    sections["digits windows"] = windows_section("digits")
+    sections["language windows"] = windows_section("language_windows")
     sections["rosenbrock"] = rosenbrock_section()
     sections["mechanism"] = mechanism_section()
     for name, content in sections.items():
@@ -189,9 +188,7 @@ def main() -> None:
     page.write_text(text)
     readme = ROOT / "README.md"
     found = outcomes("language", study.STUDIES["language"].long, list(methods.MAIN))
-    quality = (
-        f"{table(found, adam_of(found))}\n\n{measured_on('language', Runs('language'))}."
-    )
+    quality = f"{table(found, adam_of(found))}\n\n{measured_on('language', study.record('language'))}."
     readme.write_text(tables.fill(readme.read_text(), "quality", quality))
     tuning = DOCS / "tuning.md"
     tuning.write_text(tables.fill(tuning.read_text(), "rates", rates_section()))

@@ -37,6 +37,7 @@ class Study(NamedTuple):
     search_seeds: int = 1
     evaluations: int = 10  # of a run
     long: int = 0  # steps of longer runs, if any
+    record: str = ""  # the study that has the same task, whose runs it shares
 
 
 def pretrained() -> Any:
@@ -74,7 +75,7 @@ STUDIES = {
         "byte language model, from help text to source code",
         finetuned_language,
         methods.MAIN,
-        steps=1000,
+        steps=500,
         long=5000,
     ),
     "bert": Study(
@@ -89,8 +90,14 @@ STUDIES = {
         language,
         {**methods.WINDOWS, **methods.OPTIONS},
         steps=1000,
+        record="language",
     ),
 }
+
+
+def record(name: str) -> Runs:
+    """A study's runs, those of another study of the same task among them."""
+    return Runs(STUDIES[name].record or name)
 
 
 def search(centre: float, trained: Callable[[float], list[dict[str, Any]]]) -> float:
@@ -165,7 +172,7 @@ class Work:
 
 def conduct(name: str, only: str = "") -> None:
     """Does all runs of a study that are not on disk."""
-    study, runs = STUDIES[name], Runs(name)
+    study, runs = STUDIES[name], record(name)
     task = functools.cache(study.task)
     for number, title in enumerate(study.methods, 1):
         if only in title:

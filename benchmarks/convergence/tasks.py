@@ -25,7 +25,7 @@ import train_lm  # noqa: E402
 
 LENGTH, BATCH = 64, 8  # of the language model
 WIDTH, DEPTH, HEADS = 128, 2, 4
-BERT_LENGTH, BERT_BATCH = 48, 16
+BERT_LENGTH, BERT_BATCH = 32, 16
 
 
 class Task(NamedTuple):
