@@ -85,11 +85,12 @@ def main_section(name: str) -> str:
         f"{table(found, adam_of(found))}{note}\n\n"
         f"![{what} by step](images/{name}.png)\n\n"
         f"![{what} by learning rate](images/{name}_rates.png)\n\n"
-        f"{measured_on(name, runs)}."
+        f"{measured_on(name)}."
     )
 
 
-def measured_on(name: str, runs: Runs) -> str:
+def measured_on(name: str) -> str:
+    runs = study.record(name)
     command = f"python benchmarks/convergence/study.py {name}"  # a part of it or all
     return tables.measured_on({"machine": {**runs.machine, "command": command}})
 
@@ -188,7 +189,7 @@ def main() -> None:
     page.write_text(text)
     readme = ROOT / "README.md"
     found = outcomes("language", study.STUDIES["language"].long, list(methods.MAIN))
-    quality = f"{table(found, adam_of(found))}\n\n{measured_on('language', study.record('language'))}."
+    quality = f"{table(found, adam_of(found))}\n\n{measured_on('language')}."
     readme.write_text(tables.fill(readme.read_text(), "quality", quality))
     tuning = DOCS / "tuning.md"
     tuning.write_text(tables.fill(tuning.read_text(), "rates", rates_section()))
