@@ -93,13 +93,6 @@ def join(cells: jax.Array, at: Layout) -> jax.Array:
     return boxes.transpose(order).reshape(at.shape)
 
 
-def padding_mask(blocks: int, block: int, cell: int | None) -> jax.Array | None:
-    """bool ``(blocks, block)``, True for what a cell lacks; None if it fills them."""
-    if cell is None:
-        return None
-    return jnp.arange(blocks * block).reshape(blocks, block) >= cell
-
-
 def pad(cells: jax.Array, blocks: int, block: int) -> jax.Array:
     """Cells ``(..., cell)`` zero-padded and cut into ``(..., blocks, block)``."""
     *lead, cell = cells.shape

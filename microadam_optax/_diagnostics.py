@@ -161,14 +161,10 @@ def _error_squares(
     blocks = leaf.codes.shape[-2]
     at = _blocks.Layout(shape, form.grid, blocks, form.block)
     error = _quantize.dequantize(leaf.codes, leaf.ranges, form.bits)
-    low, high = leaf.ranges[..., :1], leaf.ranges[..., 1:]
-    step = (high.astype(jnp.float32) - low.astype(jnp.float32)) / (2**form.bits - 1)
-    rounding = jnp.broadcast_to(step**2 / 12, error.shape)
-    cell = at.cell if at.padded else None
-    padding = _blocks.padding_mask(blocks, form.block, cell)
-    if padding is not None:
-        error, rounding = (jnp.where(padding, 0, x) for x in (error, rounding))
-    return jnp.sum(error**2), jnp.sum(rounding)
+    step = leaf.ranges[..., 0].astype(jnp.float32)
+    last = at.cell - (blocks - 1) * form.block  # the others are full
+    sizes = jnp.full(blocks, form.block, jnp.float32).at[-1].set(last)
+    return jnp.sum(error**2), jnp.sum(step**2 / 12 * sizes)
 
 
 def _window_counts(leaf: LeafState, ages: Any, form: Form) -> tuple[Any, ...]:

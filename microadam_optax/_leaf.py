@@ -47,13 +47,13 @@ class Leaf(NamedTuple):
         return LeafState(self.codes, self.ranges, self.indices, self.values)
 
 
-def update_blocks(leaf: Leaf, step: Step, cell: int | None, settings: Settings) -> Leaf:
+def update_blocks(leaf: Leaf, step: Step, settings: Settings) -> Leaf:
     """One step of every block, the seam where a fused kernel takes over.
 
     Args:
-      leaf: gradient and state of any number of blocks.
+      leaf: gradient and state of any number of blocks. What pads a block has a
+        gradient of 0, and so no error either.
       step: scalars of the step.
-      cell: elements in a grid cell if its blocks are padded, else None.
       settings: static numbers.
 
     Returns:
@@ -61,13 +61,12 @@ def update_blocks(leaf: Leaf, step: Step, cell: int | None, settings: Settings) 
       ``k`` new entries of each row (not the whole window) as indices and values.
     """
     window, bits, alpha = settings.window, settings.bits, settings.alpha
-    blocks, block = leaf.codes.shape[-2], leaf.codes.shape[-1] * 8 // bits
+    block = leaf.codes.shape[-1] * 8 // bits
     k = settings.k(block)
-    padding = _blocks.padding_mask(blocks, block, cell)
     noise = functools.partial(_noise, step.key, leaf.rows, block)
 
     error = _quantize.dequantize(leaf.codes, leaf.ranges, bits)
-    accumulated = _without(padding, leaf.gradient.astype(jnp.float32) + error)
+    accumulated = _moments.bounded(_float32(leaf.gradient) + error)
     selected = _topk.largest(accumulated, k)
     newest = jnp.where(selected, lax.reduce_precision(accumulated, 8, 7), 0)
     rest = jnp.where(selected, 0, accumulated)
@@ -87,8 +86,9 @@ def update_blocks(leaf: Leaf, step: Step, cell: int | None, settings: Settings) 
     nu *= _moments.debias(step.b2, step.count)
     update = mu / (jnp.sqrt(nu) + step.eps)
     if alpha:
-        error = _without(padding, _quantize.dequantize(codes, ranges, bits))
+        error = _quantize.dequantize(codes, ranges, bits)
         update += _moments.rounded(alpha * error)
+        update = _moments.bounded(update, float(jnp.finfo(leaf.gradient.dtype).max))
         rest = lax.reduce_precision((1 - alpha) * error, 8, 15)
         codes, ranges = _quantize.quantize(rest, bits, noise(1))
     update = update.astype(leaf.gradient.dtype)
@@ -132,8 +132,7 @@ def _update_leaf(
         rows = jnp.arange(math.prod(lead), dtype=jnp.uint32).reshape(lead)
     leaf = leaf._replace(gradient=cells, rows=rows)
 
-    cell = at.cell if at.padded else None
-    f = functools.partial(update_blocks, step=step, cell=cell, settings=settings)
+    f = functools.partial(update_blocks, step=step, settings=settings)
     starts = _starts(leaf, step.ages)
     axes = range(len(at.grid) + (not at.padded))
     axis, chunks = _chunks.plan(cells.shape, axes, _specs.devices())
@@ -202,8 +201,10 @@ def _starts(leaf: Leaf, ages: jax.Array | None) -> Leaf:
     return starts._replace(indices=slot, values=slot)
 
 
-def _without(padding: jax.Array | None, x: jax.Array) -> jax.Array:
-    return x if padding is None else jnp.where(padding, 0, x)
+def _float32(x: jax.Array) -> jax.Array:
+    if x.dtype == jnp.float64:  # holds finite numbers that float32 does not
+        x = _moments.bounded(x)
+    return x.astype(jnp.float32)
 
 
 def _noise(

@@ -5,6 +5,12 @@ import jax.numpy as jnp
 from jax import lax
 
 FEW = 4  # entries up to which comparing with every lane costs less than scattering
+LARGEST = 2.0**60  # of a gradient: float32 holds the sum of 255 of its squares
+
+
+def bounded(x: jax.Array, largest: float = LARGEST) -> jax.Array:
+    """Finite numbers between ``-largest`` and ``largest``; others stay as they are."""
+    return jnp.where(jnp.abs(x) < jnp.inf, jnp.clip(x, -largest, largest), x)
 
 
 def moments(

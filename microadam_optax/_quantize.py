@@ -1,44 +1,70 @@
-"""float32 rows <-> b-bit codes with a bfloat16 range per row.
+"""float32 rows <-> b-bit codes, with a step and a zero point per row.
 
-A row is stored as codes on the even grid of ``2**bits`` points from its low to
-its high end. The step between points is rounded to 16 significant bits, which
-makes ``code * step`` exact in float32: a fused multiply-add cannot change a bit.
+A row is stored as codes of the whole multiples of its step that reach from its lowest
+to its highest element, and the code of zero. So zero stays zero: an element that gets
+no gradient gathers no error, and padding none either. The step is a bfloat16, so a
+multiple of it is exact in float32: a fused multiply-add cannot change a bit.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+ABOVE = 1.004  # rounded to bfloat16, a number times this is not less than it was
+SMALLEST = 2.0**-100  # a step; what arises on the way is far from denormal
+
 
 def quantize(
     x: jax.Array, bits: int, noise: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Rounds each row to points of the grid between its extremes.
+    """Rounds each row to whole multiples of a step, as small as its range allows.
+
+    The range is that of the row and zero.
 
     Args:
       x: float32 ``(..., b)``.
       bits: 2, 4 or 8.
-      noise: float32 ``(..., b)`` in [0, 1) to round stochastically, unbiased;
-        None rounds to nearest.
+      noise: float32 ``(..., b)`` in [0, 1) to round stochastically, unbiased, on
+        steps that are ``1 / (2**bits - 2)`` wider; None rounds to nearest.
 
     Returns:
       Packed codes uint8 ``(..., b * bits / 8)`` and ranges bfloat16 ``(..., 2)``,
-      the low and the high end of each row.
+      the step and the code of zero of each row. A row that is not finite has a step
+      that is not.
     """
-    # reduce_precision, because XLA may drop a float32 -> bfloat16 -> float32 pair.
-    low = lax.reduce_precision(jnp.min(x, axis=-1, keepdims=True), 8, 7)
-    high = lax.reduce_precision(jnp.max(x, axis=-1, keepdims=True), 8, 7)
-    step = _step(low, high, bits)
-    code = jnp.floor((x - low) / step + (jnp.float32(0.5) if noise is None else noise))
-    code = jnp.where(step > 0, jnp.clip(code, 0, 2**bits - 1), 0)
-    ranges = jnp.concatenate([low, high], axis=-1).astype(jnp.bfloat16)
+    low, high = (f(x, axis=-1, keepdims=True, initial=0) for f in (jnp.min, jnp.max))
+    steps = 2**bits - (1 if noise is None else 2)
+    step = lax.reduce_precision((high - low) * jnp.float32(ABOVE / steps), 8, 7)
+    step = jnp.where(step < SMALLEST, 0, step)
+    half = 0.5 if noise is None else 0.0
+    point, above = multiple(x, step, half)
+    if noise is not None:
+        point += jnp.where(noise * step < above, 1.0, 0.0)
+    zero = 0 - multiple(low, step, half)[0]
+    finite = (step > 0) & (step < jnp.inf)
+    zero, code = (jnp.where(finite, y, 0) for y in (zero, point + zero))
+    ranges = jnp.concatenate([step, zero], axis=-1).astype(jnp.bfloat16)
     return pack(code.astype(jnp.uint8), bits), ranges
+
+
+def multiple(x: jax.Array, step: jax.Array, half: float) -> tuple[jax.Array, jax.Array]:
+    """``floor(x / step + half)``, and how far x is above that many steps.
+
+    Exact, however a division is rounded: the multiple is corrected by what is left of
+    x, which float32 holds exactly because a step has 8 bits.
+    """
+    inverse, lowest = 1 / step, -half * step
+    point = jnp.floor(x * inverse + half)
+    above = x - point * step
+    more = jnp.where(above >= lowest + step, 1, jnp.where(above < lowest, -1, 0))
+    more = more.astype(jnp.float32)
+    return point + more, above - more * step
 
 
 def dequantize(codes: jax.Array, ranges: jax.Array, bits: int) -> jax.Array:
     """The inverse of `quantize` up to its rounding: float32 ``(..., b)``."""
-    low, high = (ranges[..., end : end + 1].astype(jnp.float32) for end in (0, 1))
-    return unpack(codes, bits).astype(jnp.float32) * _step(low, high, bits) + low
+    step, zero = (ranges[..., i : i + 1].astype(jnp.float32) for i in (0, 1))
+    return (unpack(codes, bits).astype(jnp.float32) - zero) * step
 
 
 def pack(codes: jax.Array, bits: int) -> jax.Array:
@@ -59,7 +85,3 @@ def unpack(packed: jax.Array, bits: int) -> jax.Array:
     mask = jnp.uint8(2**bits - 1)
     parts = [(packed >> jnp.uint8(shift)) & mask for shift in range(0, 8, bits)]
     return jnp.concatenate(parts, axis=-1)
-
-
-def _step(low: jax.Array, high: jax.Array, bits: int) -> jax.Array:
-    return lax.reduce_precision((high - low) / (2**bits - 1), 8, 15)

@@ -22,7 +22,8 @@ class MicroAdamState(NamedTuple):
       ages: int32 ``(window - 1,)``, steps since each slot of the window was written.
         None at window 1.
       codes: uint8 ``(*grid, blocks, block * error_bits / 8)``, the error feedback.
-      ranges: bfloat16 ``(*grid, blocks, 2)``, low and high end of a block's codes.
+      ranges: bfloat16 ``(*grid, blocks, 2)``, of each block the step between
+        its codes and the code of zero.
       indices: uint8, or uint16 where blocks are larger than 256,
         ``(*grid, blocks, (window - 1) * k)``: positions of the window's entries in
         their block. None at window 1.

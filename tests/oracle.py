@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 HALF_ULP = 2.0**-24  # relative rounding error of float32
+LARGEST = 2.0**60  # gradients saturate there
 
 
 @dataclasses.dataclass
@@ -35,11 +36,11 @@ class Options:
 
 @dataclasses.dataclass
 class Block:
-    """State of one block: codes, low and high, and a dict index -> value a step."""
+    """State of one block: the error, and a dict index -> value a step."""
 
-    codes: list
-    low: float
-    high: float
+    points: list  # multiples of the step
+    step: float
+    zero: int  # what is added to a point to store it
     window: list  # newest first, at most window - 1 dicts
 
 
@@ -88,7 +89,7 @@ def blocks_of(shape: tuple, options: Options) -> list:
 
 
 def new_block(b: int) -> Block:
-    return Block([0] * b, 0.0, 0.0, [])
+    return Block([0] * b, 0.0, 0, [])
 
 
 def bfloat16(x: float, error: float = 0.0) -> tuple[float, bool]:
@@ -107,38 +108,36 @@ def round16(x: float) -> float:
     return math.ldexp(round(math.ldexp(mantissa, 16)), exponent - 16)
 
 
-def step_size(low: float, high: float, bits: int) -> float:
-    return round16((high - low) / (2**bits - 1))
-
-
-def decode(block: Block, bits: int) -> list:
-    u = step_size(block.low, block.high, bits)
-    return [code * u + block.low for code in block.codes]
+def decode(block: Block) -> list:
+    return [point * block.step for point in block.points]
 
 
 def encode(rest, errors, bits, noise, doubt):
-    """Codes, low and high of a list of numbers known up to `errors`."""
+    """Points, step and code of zero of a list of numbers known up to `errors`."""
+    f = np.float32
+    rest, errors = [*rest, 0.0], [*errors, 0.0]
     lowest = min(range(len(rest)), key=lambda i: rest[i])
     highest = max(range(len(rest)), key=lambda i: rest[i])
-    low, unsure_low = bfloat16(rest[lowest], errors[lowest])
-    high, unsure_high = bfloat16(rest[highest], errors[highest])
-    doubt.ranges = unsure_low or unsure_high
-    u, codes = step_size(low, high, bits), []
+    low, high, unsure = rest[lowest], rest[highest], errors[lowest] + errors[highest]
+    share = f(1.004 / (2**bits - (1 if noise is None else 2)))
+    step = float((f(high) - f(low)) * share)  # as float32 has it, if these are exact
+    error = 0.0 if unsure == 0 else unsure * float(share) + 4 * HALF_ULP * step
+    step, doubt.ranges = bfloat16(step, error)
+    if step < 2.0**-100:
+        return [0] * (len(rest) - 1), 0.0, 0
+    half, points = 0.5 if noise is None else 0.0, []
     for i, x in enumerate(rest):
-        if u == 0:
-            codes.append(0)
-            continue
-        offset = 0.5 if noise is None else noise[i]
-        real = (x - low) / u + offset
-        error = errors[i] / u + 4 * HALF_ULP * (abs(real) + 1)
-        if abs(real - round(real)) <= error:
-            if errors[i] == 0:  # float32 has the same x: its roundings are known
-                f = np.float32
-                real = (f(x) - f(low)) / f(u) + f(offset)
-            else:
-                doubt.codes.add(i)
-        codes.append(min(max(math.floor(real), 0), 2**bits - 1))
-    return codes, low, high
+        ratio = x / step  # float64, exact enough to decide what float32's x is
+        point = math.floor(ratio + half)
+        margins = [abs(ratio + half - round(ratio + half))]
+        if noise is not None and i < len(noise):
+            draw = float(f(noise[i]) * f(step))
+            margins.append(abs(draw - (x - point * step)) / step)
+            point += draw < x - point * step
+        if errors[i] and min(margins) <= errors[i] / step:
+            doubt.codes.add(i)
+        points.append(point)
+    return points[:-1], step, -math.floor(low / step + half)
 
 
 def step(gradient, block: Block, count: int, options: Options, noise=(None, None)):
@@ -146,15 +145,16 @@ def step(gradient, block: Block, count: int, options: Options, noise=(None, None
 
     `gradient` may be shorter than the block; the rest is padding.
     """
-    b, t = len(block.codes), count + 1
+    b, t = len(block.points), count + 1
     k = max(1, math.ceil(round(options.density * b, 6)))
     real = len(gradient)
-    error = decode(block, options.bits)
+    error = decode(block)
     accumulated, errors = [0.0] * b, [0.0] * b
     for i in range(real):
         accumulated[i] = float(gradient[i]) + error[i]
         if any(np.float32(x) != x for x in (error[i], accumulated[i])):
             errors[i] = HALF_ULP * (abs(error[i]) + abs(accumulated[i]))
+        accumulated[i] = min(max(accumulated[i], -LARGEST), LARGEST)
 
     doubt = Doubt()
     ranked = sorted(range(b), key=lambda i: (-abs(accumulated[i]), i))
@@ -173,12 +173,12 @@ def step(gradient, block: Block, count: int, options: Options, noise=(None, None
             doubt.values.add(i)
     rest = [0.0 if i in newest else x for i, x in enumerate(accumulated)]
     rest_errors = [0.0 if i in newest else e for i, e in enumerate(errors)]
-    codes, low, high = encode(rest, rest_errors, options.bits, noise[0], doubt)
-    new = Block(codes, low, high, [newest, *block.window][: max(options.window - 1, 0)])
+    error = encode(rest, rest_errors, options.bits, noise[0], doubt)
+    new = Block(*error, [newest, *block.window][: max(options.window - 1, 0)])
     update, tolerance = moments_to_update([newest, *block.window], t, b, options)
 
     if options.alpha:
-        kept = [x if i < real else 0.0 for i, x in enumerate(decode(new, options.bits))]
+        kept = decode(new)
         shrink = float(np.float32(1 - options.alpha))
         for i in range(b):
             update[i] += float(np.float32(options.alpha)) * kept[i]
@@ -186,9 +186,8 @@ def step(gradient, block: Block, count: int, options: Options, noise=(None, None
         rest = [round16(shrink * x) for x in kept]
         errors = [2.0**-15 * abs(x) for x in rest]
         if not doubt.ranges and not doubt.codes:
-            new.codes, new.low, new.high = encode(
-                rest, errors, options.bits, noise[1], doubt
-            )
+            error = encode(rest, errors, options.bits, noise[1], doubt)
+            new = Block(*error, new.window)
         else:
             doubt.ranges = True  # which grid it is rounded to again is not known
     return update[:real], tolerance[:real], new, doubt
@@ -216,7 +215,7 @@ def moments_to_update(window, t, b, options):
 def agree(mine: Block, other: Block, doubt: Doubt, options: Options) -> None:
     """Asserts that another implementation's new state is right; adopts its doubts."""
     if doubt.selection:
-        mine.codes, mine.low, mine.high = other.codes, other.low, other.high
+        adopt(mine, other)
         mine.window[:1] = other.window[:1]
         return
     if options.window > 1:
@@ -228,15 +227,19 @@ def agree(mine: Block, other: Block, doubt: Doubt, options: Options) -> None:
             else:
                 assert other.window[0][i] == value, "values"
     if doubt.ranges:
-        wide = 2.0**-6 * max(abs(mine.low), abs(mine.high))
-        assert abs(mine.low - other.low) <= wide
-        assert abs(mine.high - other.high) <= wide
-        mine.codes, mine.low, mine.high = other.codes, other.low, other.high
+        assert abs(mine.step - other.step) <= 2.0**-6 * mine.step
+        adopt(mine, other)
         return
-    assert (mine.low, mine.high) == (other.low, other.high), "ranges"
-    for i, code in enumerate(mine.codes):
+    assert mine.step == other.step, "ranges"
+    for i, point in enumerate(mine.points):
         if i in doubt.codes:
-            assert abs(code - other.codes[i]) <= 1
-            mine.codes[i] = other.codes[i]
+            assert abs(point - other.points[i]) <= 1
         else:
-            assert code == other.codes[i], "codes"
+            assert point == other.points[i], "codes"
+    assert abs(mine.zero - other.zero) <= (len(doubt.codes) > 0), "zero"
+    adopt(mine, other)
+
+
+def adopt(mine: Block, other: Block) -> None:
+    """Takes over the other side's error."""
+    mine.points, mine.step, mine.zero = other.points, other.step, other.zero

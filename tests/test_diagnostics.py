@@ -37,8 +37,8 @@ def stored_error(codes, ranges, bits):
     """float64 of the packed codes: the first codes of a row lie in the lowest bits."""
     codes, ranges = np.asarray(codes), np.asarray(ranges, np.float64)
     parts = [codes >> shift & (2**bits - 1) for shift in range(0, 8, bits)]
-    low, high = ranges[..., :1], ranges[..., 1:]
-    return low + np.concatenate(parts, -1) * (high - low) / (2**bits - 1)
+    step, zero = ranges[..., :1], ranges[..., 1:]
+    return (np.concatenate(parts, -1) - zero) * step
 
 
 def norm(x):

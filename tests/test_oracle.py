@@ -85,7 +85,9 @@ def other_block(row, parts, slots):
         assert np.all(np.diff(indices[row][at].astype(int)) > 0), "not ascending"
         entries = zip(indices[row][at].tolist(), values[row][at].tolist(), strict=True)
         window = [dict(entries)]
-    return oracle.Block(codes[row], *ranges[row], window)
+    step, zero = ranges[row]
+    points = [code - int(zero) for code in codes[row]]
+    return oracle.Block(points, step, int(zero), window)
 
 
 def draws(seed, count, row, b):

@@ -88,7 +88,7 @@ STUDIES = {
     "language_windows": Study(
         "byte language model from scratch, settings of MicroAdam",
         language,
-        {**methods.WINDOWS, **methods.OPTIONS},
+        {**methods.WINDOWS, **methods.SHORT_OPTIONS},
         steps=1000,
         record="language",
     ),

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from microadam_optax import _quantize
+
 FEW = 4  # up to here the k largest are found one by one
 NOWHERE = 1 << 20  # a position that no row has
 _INFINITY = 0x7F800000
@@ -148,7 +150,7 @@ def _last_tie(
 def quantize(
     rest: list[jax.Array], bits: int
 ) -> tuple[list[jax.Array], tuple[jax.Array, jax.Array]]:
-    """Bytes, and the two ends of their range.
+    """Bytes, and the step and the code of zero.
 
     The selected elements are 0 here, so the ends are not above and not below 0, where
     the bits of a float are in order as integers.
@@ -156,32 +158,32 @@ def quantize(
     highest = reduce(jnp.maximum, jnp.max, [_bits(x) for x in rest])
     lowest = reduce(jnp.maximum, jnp.max, [_bits(-x) for x in rest])
     nan = jnp.maximum(highest, lowest) > _INFINITY
-    high, low = (
-        rounded(jnp.where(nan, jnp.nan, _float(jnp.maximum(end, 0))), 16)
-        for end in (highest, lowest)
+    high, below = (
+        jnp.where(nan, jnp.nan, _float(jnp.maximum(end, 0))) for end in (highest, lowest)
     )
-    low = 0 - low
-    step = _step(low, high, bits)
     top = 2**bits - 1
-    kept = jnp.where(step > 0, top, 0)  # of the bits of a code
+    step = rounded((high + below) * jnp.float32(_quantize.ABOVE / top), 16)
+    step = jnp.where(step < _quantize.SMALLEST, 0, step)
+    finite = (step > 0) & (step < jnp.inf)
+    zero = 0 - jnp.where(finite, _quantize.multiple(0 - below, step, 0.5)[0], 0)
+    kept = jnp.where(finite, top, 0)  # of the bits of a code
     shown = []
     for x in rest:
-        code = jnp.clip(jnp.floor((x - low) / step + jnp.float32(0.5)), 0, top)
+        code = _quantize.multiple(x, step, 0.5)[0] + zero
         shown.append(_bits(code + _MAGIC) & kept)
     number = len(rest) * bits // 8  # of bytes that a row has at one lane
     bytes_ = shown[:number]
     for part, code in enumerate(shown[number:], number):
         bytes_[part % number] |= code << (bits * (part // number))
-    low, high = low.astype(jnp.bfloat16), high.astype(jnp.bfloat16)
-    return [byte.astype(jnp.uint8) for byte in bytes_], (low, high)
+    step, zero = step.astype(jnp.bfloat16), zero.astype(jnp.bfloat16)
+    return [byte.astype(jnp.uint8) for byte in bytes_], (step, zero)
 
 
 def dequantize(
-    byte: jax.Array, part: int | jax.Array, low: jax.Array, high: jax.Array, bits: int
+    byte: jax.Array, part: int | jax.Array, step: jax.Array, zero: jax.Array, bits: int
 ) -> jax.Array:
-    low, high = low.astype(jnp.float32), high.astype(jnp.float32)
     code = (byte.astype(jnp.int32) >> (bits * part)) & (2**bits - 1)
-    return code.astype(jnp.float32) * _step(low, high, bits) + low
+    return (code.astype(jnp.float32) - zero) * step
 
 
 def moments(value: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -217,10 +219,6 @@ def _count(differences: list[jax.Array]) -> jax.Array:
 def _negative(x: jax.Array) -> jax.Array:
     """The sign bit: unlike a comparison, it is shifted and added in one instruction."""
     return lax.shift_right_logical(x, jnp.full_like(x, 31))
-
-
-def _step(low: jax.Array, high: jax.Array, bits: int) -> jax.Array:
-    return rounded((high - low) / (2**bits - 1), 8)
 
 
 def rounded(x: jax.Array, dropped: int) -> jax.Array:

@@ -33,6 +33,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from microadam_optax import _moments
 from microadam_optax._kernels import _rows
 from microadam_optax._kernels._rows import Launch, Rows, Scalars
 
@@ -82,8 +83,11 @@ def _update_rows(
     at = [part * width + column for part in parts for column in columns]
     real = [mask for _ in parts for mask in filled]
 
-    low, high = (_load(old.ranges, (place.row, i), place.exists) for i in (0, 1))
-    error = functools.partial(_rows.dequantize, low=low, high=high, bits=launch.bits)
+    step, zero = (
+        _load(old.ranges, (place.row, i), place.exists).astype(jnp.float32)
+        for i in (0, 1)
+    )
+    error = functools.partial(_rows.dequantize, step=step, zero=zero, bits=launch.bits)
     bytes_ = _rows.each(
         lambda i, mask: _load(old.codes, (place.row, i), mask), columns, filled
     )
@@ -100,11 +104,11 @@ def _update_rows(
         older = _older(old, scalars, place, error, chosen, launch)
     _barrier(launch)
 
-    codes, ends = _rows.quantize(rest, launch.bits)
+    codes, ranges = _rows.quantize(rest, launch.bits)
     for i, mask, code in zip(columns, filled, codes, strict=True):
         store(new.codes, (place.row, i), code, mask)
-    for column, end in enumerate(ends):
-        store(new.ranges, (place.row, column), end, place.exists)
+    for column, number in enumerate(ranges):
+        store(new.ranges, (place.row, column), number, place.exists)
     for i, x, mask in zip(at, newest, inside, strict=True):
         x = jnp.zeros_like(x) if older else rescale(*_rows.moments(_rows.rounded(x, 16)))
         store(new.gradient, (place.cell, place.begin + i), x, mask)
@@ -155,7 +159,7 @@ def _add_gradient(
     old: Rows, place: _Place, at: jax.Array, error: jax.Array, mask: jax.Array
 ) -> jax.Array:
     gradient = _load(old.gradient, (place.cell, place.begin + at), mask)
-    return jnp.where(mask, gradient.astype(jnp.float32) + error, 0)
+    return jnp.where(mask, _moments.bounded(gradient.astype(jnp.float32) + error), 0)
 
 
 def _write_slot(

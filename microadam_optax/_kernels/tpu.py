@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 
+from microadam_optax import _moments
 from microadam_optax._kernels import _rows
 from microadam_optax._kernels._rows import Launch, Rows, Scalars
 
@@ -55,22 +56,22 @@ def _update_rows(old: Rows, scalars: Scalars, new: Rows, launch: Launch) -> None
     lane = lax.broadcasted_iota(jnp.int32, (rows, width), 1)
     at = [part * width + lane for part in parts]
     real = [_is_real(i, rows, launch) for i in at]
-    low, high = (old.ranges[:, end : end + 1].astype(jnp.float32) for end in (0, 1))
+    step, zero = (old.ranges[:, i : i + 1].astype(jnp.float32) for i in (0, 1))
     byte = old.codes[...].astype(jnp.int32)
     accumulated = []
     for part, mask in zip(parts, real, strict=True):
         gradient = old.gradient[:, part * width : (part + 1) * width]
-        error = _rows.dequantize(byte, part, low, high, bits)
-        x = gradient.astype(jnp.float32) + error
+        error = _rows.dequantize(byte, part, step, zero, bits)
+        x = _moments.bounded(gradient.astype(jnp.float32) + error)
         accumulated.append(x if mask is None else jnp.where(mask, x, 0))
 
     everywhere = [lane >= 0] * len(at)
     chosen = _rows.largest(accumulated, at, everywhere, launch.k)
     rest = _rows.each(lambda mask, x: jnp.where(mask, 0, x), chosen.masks, accumulated)
-    (code,), ends = _rows.quantize(rest, bits)
+    (code,), ranges = _rows.quantize(rest, bits)
     new.codes[...] = code
-    for i, end in enumerate(ends):
-        new.ranges[:, i : i + 1] = end
+    for i, number in enumerate(ranges):
+        new.ranges[:, i : i + 1] = number
 
     newest = [
         jnp.where(mask, _rows.rounded(x, 16), 0)
