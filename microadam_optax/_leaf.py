@@ -88,10 +88,9 @@ def update_blocks(leaf: Leaf, step: Step, settings: Settings) -> Leaf:
     if alpha:
         error = _quantize.dequantize(codes, ranges, bits)
         update += _moments.rounded(alpha * error)
-        update = _moments.bounded(update, float(jnp.finfo(leaf.gradient.dtype).max))
         rest = lax.reduce_precision((1 - alpha) * error, 8, 15)
         codes, ranges = _quantize.quantize(rest, bits, noise(1))
-    update = update.astype(leaf.gradient.dtype)
+    update = _moments.cast(update, leaf.gradient.dtype)
     return Leaf(update, codes, ranges, indices, values, leaf.rows)
 
 

@@ -1,5 +1,7 @@
 """Adam's moments, rebuilt from the window's sparse gradients."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -11,6 +13,12 @@ LARGEST = 2.0**60  # of a gradient: float32 holds the sum of 255 of its squares
 def bounded(x: jax.Array, largest: float = LARGEST) -> jax.Array:
     """Finite numbers between ``-largest`` and ``largest``; others stay as they are."""
     return jnp.where(jnp.abs(x) < jnp.inf, jnp.clip(x, -largest, largest), x)
+
+
+def cast(update: jax.Array, dtype: Any) -> jax.Array:
+    """The update in a gradient's dtype; float16 ends where a step without nu may not."""
+    largest = float(jnp.finfo(dtype).max)
+    return (bounded(update, largest) if largest < LARGEST else update).astype(dtype)
 
 
 def moments(

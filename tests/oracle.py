@@ -183,8 +183,8 @@ def step(gradient, block: Block, count: int, options: Options, noise=(None, None
         for i in range(b):
             update[i] += float(np.float32(options.alpha)) * kept[i]
             tolerance[i] += 4 * HALF_ULP * (abs(update[i]) + abs(kept[i]))
-        rest = [round16(shrink * x) for x in kept]
-        errors = [2.0**-15 * abs(x) for x in rest]
+        rest = [round16(float(np.float32(shrink * x))) for x in kept]  # as float32 has it
+        errors = [0.0] * b
         if not doubt.ranges and not doubt.codes:
             error = encode(rest, errors, options.bits, noise[1], doubt)
             new = Block(*error, new.window)

@@ -1,11 +1,14 @@
 """Trajectories against the float64 oracle, over all options and implementations."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import following
 import oracle
 from microadam_optax import scale_by_microadam
 
@@ -58,80 +61,20 @@ def gradients(shape, dtype, rng):
         yield jnp.asarray(g, dtype)
 
 
-def state_blocks(state, bits):
-    """The package's state of the only leaf as a list of the oracle's blocks."""
-    count = int(state.count)
-    codes = np.asarray(state.codes)
-    codes = codes.reshape(-1, codes.shape[-1])
-    parts = [(codes >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
-    codes = np.concatenate(parts, axis=-1).tolist()
-    ranges = np.asarray(state.ranges, np.float64).reshape(-1, 2).tolist()
-    newest = [[] for _ in codes]
-    if state.indices is not None:
-        indices = np.asarray(state.indices)
-        indices = indices.reshape(len(codes), -1)
-        values = np.asarray(state.values, np.float64).reshape(len(codes), -1)
-        return codes, ranges, indices, values, count
-    return codes, ranges, newest, newest, count
-
-
-def other_block(row, parts, slots):
-    codes, ranges, indices, values, count = parts
-    window = []
-    if slots:
-        k = len(indices[row]) // slots
-        slot = (count - 1) % slots
-        at = slice(slot * k, (slot + 1) * k)
-        assert np.all(np.diff(indices[row][at].astype(int)) > 0), "not ascending"
-        entries = zip(indices[row][at].tolist(), values[row][at].tolist(), strict=True)
-        window = [dict(entries)]
-    step, zero = ranges[row]
-    points = [code - int(zero) for code in codes[row]]
-    return oracle.Block(points, step, int(zero), window)
-
-
-def draws(seed, count, row, b):
-    """The documented randomness: key, step, leaf, draw, row."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), count), 0)
-    for draw in (0, 1):
-        at = jax.random.fold_in(jax.random.fold_in(key, draw), row)
-        yield np.asarray(jax.random.uniform(at, (b,), jnp.float32), np.float64).tolist()
-
-
 def follow(shape, dtype, arguments, steps, implementation):
     """Runs both side by side; returns the number of decisions and of doubts."""
     tx = scale_by_microadam(**arguments, implementation=implementation)
-    state = tx.init(jnp.zeros(shape, dtype))
     known = {"error_bits": "bits", "stochastic_rounding": None, "seed": None}
     names = {known.get(name, name): value for name, value in arguments.items()}
     names.pop(None, None)
-    options = oracle.Options(**names)
-    elements, b = oracle.blocks_of(shape, options)
-    mine = [oracle.new_block(b) for _ in elements]
-    stream = gradients(shape, dtype, np.random.default_rng(0))
-    update = jax.jit(tx.update)
-    decisions = doubts = 0
-    for count in range(steps):
-        gradient = next(stream)
-        flat = np.asarray(gradient, np.float64).ravel()
-        updates, state = update(gradient, state)
-        got = np.asarray(updates, np.float64).ravel()
-        parts = state_blocks(state, options.bits)
-        for row, where in enumerate(elements):
-            noise = (None, None)
-            if arguments.get("stochastic_rounding"):
-                noise = tuple(draws(arguments.get("seed", 0), count, row, b))
-            want, tolerance, new, doubt = oracle.step(
-                flat[where], mine[row], count, options, noise
-            )
-            oracle.agree(new, other_block(row, parts, options.window - 1), doubt, options)
-            if not doubt.selection and not doubt.values and not doubt.ranges:
-                rounding = float(jnp.finfo(dtype).eps) * np.abs(want)
-                assert np.all(np.abs(got[where] - want) <= np.add(tolerance, rounding))
-            mine[row] = new
-            decisions += len(where) + 3
-            doubts += doubt.number()
-    return decisions, doubts
+    random = arguments.get("stochastic_rounding")
+    return following.follow(
+        jax.jit(tx.update),
+        tx.init(jnp.zeros(shape, dtype)),
+        itertools.islice(gradients(shape, dtype, np.random.default_rng(0)), steps),
+        oracle.Options(**names),
+        arguments.get("seed", 0) if random else None,
+    )
 
 
 @pytest.mark.parametrize("case", CASES)

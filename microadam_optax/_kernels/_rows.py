@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from microadam_optax import _quantize
+from microadam_optax import _moments, _quantize
 
 FEW = 4  # up to here the k largest are found one by one
 NOWHERE = 1 << 20  # a position that no row has
@@ -194,11 +194,13 @@ def rescale(
     debias_mu: jax.Array,
     debias_nu: jax.Array,
     eps: jax.Array,
+    dtype: Any,
     mu: jax.Array,
     nu: jax.Array,
 ) -> jax.Array:
     """The update."""
-    return debias_mu * mu / (jnp.sqrt(debias_nu * nu) + eps)
+    update = debias_mu * mu / (jnp.sqrt(debias_nu * nu) + eps)
+    return _moments.cast(update, dtype)
 
 
 def each(f: Callable, *parts: list[jax.Array]) -> list[jax.Array]:

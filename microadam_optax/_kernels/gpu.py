@@ -74,7 +74,8 @@ def _update_rows(
     lanes = _lanes(width, window, launch.k)
     store = functools.partial(_store, interpret=launch.interpret)
     debias_mu, debias_nu, eps = (scalars.factors[i] for i in range(3))
-    rescale = functools.partial(_rows.rescale, debias_mu, debias_nu, eps)
+    dtype = new.gradient.dtype
+    rescale = functools.partial(_rows.rescale, debias_mu, debias_nu, eps, dtype)
     place = _place(old, launch, rows)
     lane = lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
     columns = [lane + first for first in range(0, width, lanes)]

@@ -82,10 +82,11 @@ def _update_rows(old: Rows, scalars: Scalars, new: Rows, launch: Launch) -> None
         moments = _add_stored(moments, old, scalars, at, launch.k)
         _write_slot(old, new, scalars.start[0], chosen.masks, newest, at, launch.k)
     debias_mu, debias_nu, eps = (scalars.factors[i] for i in range(3))
-    rescale = functools.partial(_rows.rescale, debias_mu, debias_nu, eps)
+    dtype = new.gradient.dtype
+    rescale = functools.partial(_rows.rescale, debias_mu, debias_nu, eps, dtype)
     for part, (mu, nu) in zip(parts, moments, strict=True):
         columns = slice(part * width, (part + 1) * width)
-        new.gradient[:, columns] = rescale(mu, nu).astype(new.gradient.dtype)
+        new.gradient[:, columns] = rescale(mu, nu)
 
 
 def _is_real(at: jax.Array, rows: int, launch: Launch) -> jax.Array | None:
