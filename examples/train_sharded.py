@@ -10,6 +10,7 @@ One command starts all processes; on a cluster, start it on each host with
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import pathlib
@@ -88,12 +89,31 @@ def restore(manager: ocp.CheckpointManager, tx, params, places):
     last = manager.latest_step()
     if last is None:
         return None
-    saved = manager.item_metadata(last)
-    check_checkpoint(saved["opt_state"], tx, params)
     like = abstract((params, jax.eval_shape(tx.init, params)), places)
     target = {"params": like[0], "opt_state": like[1]}
-    found = manager.restore(last, args=ocp.args.StandardRestore(target))
+    with readable(manager, last):
+        saved = manager.item_metadata(last)
+    if set(saved or ()) != set(target):
+        raise ValueError(f"{manager.directory / str(last)} was not saved by this script")
+    check_checkpoint(saved["opt_state"], tx, params)
+    with readable(manager, last):
+        found = manager.restore(last, args=ocp.args.StandardRestore(target))
     return last, (found["params"], found["opt_state"])
+
+
+@contextlib.contextmanager
+def readable(manager: ocp.CheckpointManager, step: int):
+    """Says of a damaged checkpoint which one it is, and where to go on without it."""
+    try:
+        yield
+    except Exception as error:
+        before = [x for x in manager.all_steps() if x < step]
+        rest = f"from step {max(before)}" if before else "from the beginning"
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"the checkpoint {manager.directory / str(step)} cannot be read: move it "
+            f"away to go on {rest} ({reason[:200]})"
+        ) from error
 
 
 def make_model(args: argparse.Namespace) -> language_model.LanguageModel:

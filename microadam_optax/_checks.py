@@ -69,6 +69,17 @@ def check_arguments(
         raise NotImplementedError(f"{_NO_KERNEL} {reason}; use None, which chooses.")
 
 
+def check_decays(**values: Any) -> None:
+    """Raises ValueError for decays or an eps that can only give NaN; arrays pass."""
+    for name_, value in values.items():
+        if isinstance(value, numbers.Real):
+            if name_ == "eps":
+                fits, expected = np.float32(value) > 0, "a number above 0"
+            else:
+                fits, expected = 0 <= value < 1, "a number in [0, 1)"
+            _require(bool(fits), name_, expected, value)
+
+
 def check_kernel(path: Any, dtype: Any, at: Layout, settings: Settings) -> None:
     """Raises NotImplementedError if a kernel is named that cannot update a leaf."""
     if settings.implementation in (None, "xla"):

@@ -104,6 +104,7 @@ def scale_by_microadam(
         seed=seed,
         implementation=implementation,
     )
+    _checks.check_decays(b1=b1, b2=b2, eps=eps)
     settings = _states.Settings(
         window, density, block_size, error_bits, alpha, implementation
     )

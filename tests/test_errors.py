@@ -24,6 +24,11 @@ OUT_OF_RANGE = [
     ("alpha", 1.0),
     ("alpha", -0.1),
     ("implementation", "cuda"),
+    ("b1", 1.0),
+    ("b1", -0.5),
+    ("b2", 1.0),
+    ("eps", 0.0),  # what is not selected would be 0 / 0
+    ("eps", 1e-60),  # 0 in float32
 ]
 WRONG_TYPE = [
     ("window", 2.0),

@@ -1,0 +1,82 @@
+"""What holds over many steps, and what the paper's theory rests on.
+
+reliability/long_runs.py runs the same checks for 100,000 steps.
+"""
+
+import hypothesis.extra.numpy as arrays
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+
+import long_runs
+from microadam_optax import _topk, scale_by_microadam
+
+MOST = np.iinfo(np.int32).max
+
+
+@pytest.mark.parametrize("setting", long_runs.SETTINGS)
+def test_the_error_stays_bounded(setting):
+    found = long_runs.error_norms(setting, steps=2000)
+    assert found["largest_of_last_half"] <= 1.25 * found["largest_of_first_half"]
+
+
+@pytest.mark.parametrize("setting", long_runs.SETTINGS)
+def test_nothing_is_lost_over_many_steps(setting):
+    found = long_runs.conservation(setting, steps=500)
+    assert found["largest_gap_over_bound"] <= 1
+    assert found["largest_gap"] > 0  # there is rounding, and it is seen
+
+
+@pytest.mark.parametrize("setting", long_runs.SETTINGS)
+def test_untouched_coordinates_and_padding_stay(setting):
+    found = long_runs.untouched(setting, steps=2000)
+    assert found.pop("others_moved") > 0.9
+    assert found == {"moved": 0, "error": 0, "padding": 0}
+
+
+@given(
+    arrays.arrays(np.float32, 24, elements=st.floats(-(2.0**50), 2.0**50, width=32)),
+    st.integers(1, 24),
+)
+@settings(max_examples=100)
+def test_selection_contracts(x, k):
+    """What is left has at most ``1 - k / b`` of the square."""
+    mask = np.asarray(_topk.largest(jnp.asarray(x[None]), k))[0]
+    rest = np.where(mask, 0, x).astype(np.float64)
+    whole = x.astype(np.float64)
+    assert rest @ rest <= (1 - k / x.size) * (whole @ whole) * (1 + 1e-12)
+
+
+def test_the_last_count_stays():
+    """At the end of int32 the number of steps stays where it is, as optax's does."""
+    tx, adam = scale_by_microadam(window=3, density=0.25), optax.scale_by_adam()
+    g = jnp.asarray(np.random.default_rng(0).normal(size=64), jnp.float32)
+    for start in (MOST - 2, MOST):
+        state = tx.init(g)._replace(count=jnp.int32(start))
+        other = adam.init(g)._replace(count=jnp.int32(start))
+        for _ in range(4):
+            updates, state = jax.jit(tx.update)(g, state)
+            _, other = adam.update(g, other)
+            assert bool(jnp.isfinite(updates).all())
+        assert int(state.count) == int(other.count) == MOST
+        assert updates.any()
+
+
+@pytest.mark.parametrize("window", [2, 3, 5])
+def test_slots_are_overwritten_in_turn(window):
+    """A gradient that names its step: each slot holds one of the last steps."""
+    tx = scale_by_microadam(window=window, density=1 / 64, shards=1)
+    state, slots = tx.init(jnp.zeros(64)), window - 1
+    update = jax.jit(tx.update)
+    for step in range(1, 4 * window):
+        g = jnp.zeros(64).at[step % 64].set(float(step))
+        _, state = update(g, state)
+        held = np.asarray(state.values, np.float32).ravel()
+        last = [s for s in range(step, step - slots, -1) if s > 0]
+        assert sorted(held[held != 0]) == sorted(last)
+        assert held[(step - 1) % slots] == step
+        assert int(state.indices.ravel()[(step - 1) % slots]) == step % 64
