@@ -20,7 +20,7 @@ COLORS = {
     "Lion": "tab:olive",
     "GaLore, rank 32": "tab:cyan",
     "MicroAdam (10, 1 %), all compressed": "tab:red",
-    "MicroAdam (2, 12 %)": "tab:blue",
+    "MicroAdam (2, 6 %)": "tab:blue",
     "MicroAdam (1, 12 %)": "tab:green",
 }
 

@@ -1,6 +1,6 @@
 """Writes the figures of docs/reliability.md, and its picture, from reliability/results.
 
-python reliability/report.py
+python reliability/report_reliability.py
 """
 
 import json
