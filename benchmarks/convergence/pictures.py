@@ -21,7 +21,7 @@ COLORS = {
     "GaLore, rank 32": "tab:cyan",
     "MicroAdam (10, 1 %), all compressed": "tab:red",
     "MicroAdam (2, 6 %)": "tab:blue",
-    "MicroAdam (1, 12 %)": "tab:green",
+    "MicroAdam (1, 4 %)": "tab:green",
 }
 
 

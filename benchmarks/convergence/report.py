@@ -188,8 +188,9 @@ def main() -> None:
         text = tables.fill(text, name, content)
     page.write_text(text)
     readme = ROOT / "README.md"
-    found = outcomes("language", study.STUDIES["language"].long, list(methods.MAIN))
-    quality = f"{table(found, adam_of(found))}\n\n{measured_on('language')}."
+    windows = study.STUDIES["language_windows"]
+    found = outcomes("language_windows", windows.steps, ["Adam", *methods.WINDOWS])
+    quality = f"{table(found, adam_of(found))}\n\n{measured_on('language_windows')}."
     readme.write_text(tables.fill(readme.read_text(), "quality", quality))
     tuning = DOCS / "tuning.md"
     tuning.write_text(tables.fill(tuning.read_text(), "rates", rates_section()))
