@@ -71,13 +71,14 @@ def check_arguments(
 
 def check_decays(**values: Any) -> None:
     """Raises ValueError for decays or an eps that can only give NaN; arrays pass."""
-    for name_, value in values.items():
-        if isinstance(value, numbers.Real):
-            if name_ == "eps":
-                fits, expected = np.float32(value) > 0, "a number above 0"
-            else:
-                fits, expected = 0 <= value < 1, "a number in [0, 1)"
-            _require(bool(fits), name_, expected, value)
+    for argument, value in values.items():
+        if not isinstance(value, int | float):
+            continue
+        if argument == "eps":
+            above = float(np.float32(value)) > 0
+            _require(above, argument, "a number above 0", value)
+        else:
+            _require(0 <= value < 1, argument, "a number in [0, 1)", value)
 
 
 def check_kernel(path: Any, dtype: Any, at: Layout, settings: Settings) -> None:
