@@ -163,7 +163,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=pathlib.Path, default=RESULT)
     args = parser.parse_args(arguments)
-    jax.config.update("jax_num_cpu_devices", OPTIONS["devices"])  # to read checkpoints
+    if jax.config.jax_num_cpu_devices < OPTIONS["devices"]:  # those of its checkpoints
+        jax.config.update("jax_num_cpu_devices", OPTIONS["devices"])
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         found = kills(args.kills, args.seed, folder)

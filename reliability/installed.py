@@ -1,6 +1,6 @@
 """Builds wheel and sdist, installs each into an empty environment and tests it there.
 
-python reliability/packaging.py    # needs `pip install build`; some minutes
+python reliability/installed.py    # needs `pip install build`; some minutes
 
 The tests run in a folder outside of the source tree that holds everything but the
 package, so that they can only import what was installed.
@@ -23,7 +23,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import common  # noqa: E402
 
-RESULT = ROOT / "reliability" / "results" / "packaging.json"
+RESULT = ROOT / "reliability" / "results" / "installed.json"
 TESTS = (
     "tests/test_adam.py",
     "tests/test_oracle.py",
