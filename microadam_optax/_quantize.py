@@ -53,11 +53,11 @@ def multiple(x: jax.Array, step: jax.Array, half: float) -> tuple[jax.Array, jax
     Exact, however a division is rounded: the multiple is corrected by what is left of
     x, which float32 holds exactly because a step has 8 bits.
     """
-    inverse, lowest = 1 / step, -half * step
+    inverse, lowest = 1 / jnp.where(step > 0, step, 1), -half * step
     point = jnp.floor(x * inverse + half)
     above = x - point * step
-    more = jnp.where(above >= lowest + step, 1, jnp.where(above < lowest, -1, 0))
-    more = more.astype(jnp.float32)
+    less = jnp.where(above < lowest, -1.0, 0.0)
+    more = jnp.where(above >= lowest + step, 1.0, less).astype(jnp.float32)
     return point + more, above - more * step
 
 

@@ -11,6 +11,7 @@ interpreter), and all bits of the state must be equal.
 """
 
 import argparse
+import collections
 import functools
 import itertools
 import json
@@ -224,17 +225,15 @@ def _check(rng: np.random.Generator, form: Form, cases: int) -> dict[str, Any]:
     start = tx.init(jnp.zeros(form.shape, form.dtype))
     compiled = jax.jit(update_of(form))
     seed = form.arguments["seed"] if form.arguments["stochastic_rounding"] else None
-    counts = {"cases": 0, "steps": 0, "decisions": 0, "doubts": 0, "way": form.way}
+    counts = {"cases": 0, "steps": 0, "decisions": 0, "way": form.way}
     for _ in range(cases):
         gradients, decays = draw_gradients(rng, form), draw_decays(rng)
         update = functools.partial(compiled, decays=decays)
-        decided, doubts = following.follow(
-            update, start, gradients, options_of(form, decays), seed
-        )
+        options = options_of(form, decays)
+        decided = following.follow(update, start, gradients, options, seed)
         counts["cases"] += 1
         counts["steps"] += len(gradients)
         counts["decisions"] += decided
-        counts["doubts"] += doubts
     expected = run(update, start, gradients)
     other = another_way(form, decays, start, gradients)
     if other is None:
@@ -257,30 +256,30 @@ def main(arguments: list[str] | None = None) -> int:
     if args.seed is not None:
         print(check(args.seed))
         return 0
-    total = {"cases": 0, "steps": 0, "decisions": 0, "doubts": 0}
-    ways: dict[str, int] = {}
+    return many(args.first, args.seconds, args.output)
+
+
+def many(first: int, seconds: float, output: pathlib.Path) -> int:
+    """Seeds until the time is over; what was done is on disk every 50 of them."""
+    output.parent.mkdir(exist_ok=True)
+    counts: collections.Counter[str] = collections.Counter()
+    ways: collections.Counter[str] = collections.Counter()
     began = time.monotonic()
     with tqdm(unit="case") as bar:
-        for seed in itertools.count(args.first):
-            if time.monotonic() - began > args.seconds:
-                break
+        for seed in itertools.count(first):
             found = check(seed)
-            ways[found["way"]] = ways.get(found["way"], 0) + 1
-            total = {name: total[name] + found[name] for name in total}
+            ways[found.pop("way")] += 1
+            counts.update(found)
             bar.update(found["cases"])
-            if seed % 50 == 49:
+            spent = time.monotonic() - began
+            if seed % 50 == 49 or spent > seconds:
                 jax.clear_caches()  # else programs of all leaves stay in memory
-    result = {
-        "machine": common.machine(),
-        "seeds": [args.first, seed - 1],
-        "seconds": round(time.monotonic() - began),
-        **total,
-        "compared_in_another_way": ways,
-    }
-    args.output.parent.mkdir(exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
-    return 0
+                result = {"machine": common.machine(), "seeds": [first, seed]}
+                result |= {"seconds": round(spent), **counts}
+                result["compared_in_another_way"] = dict(sorted(ways.items()))
+                output.write_text(json.dumps(result, indent=1) + "\n")
+            if spent > seconds:
+                return 0
 
 
 if __name__ == "__main__":

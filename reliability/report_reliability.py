@@ -34,9 +34,8 @@ def fuzz_section(found: dict[str, Any]) -> str:
     return (
         f"{found['cases']:,} cases ({found['steps']:,} steps, {found['decisions']:,} "
         f"decisions) from seeds {found['seeds'][0]} to {found['seeds'][1]} without a "
-        f"difference; {found['doubts']:,} decisions lay within float32's rounding of "
-        f"their boundary, where either side is right. Compared in another way, bit for "
-        f"bit: {others}.\n\n{tables.measured_on(found)}."
+        f"difference. Compared in another way, bit for bit: {others}.\n\n"
+        f"{tables.measured_on(found)}."
     )
 
 
@@ -104,11 +103,38 @@ def crash_section(found: dict[str, Any]) -> str:
     )
 
 
+def modes_section(found: dict[str, Any]) -> str:
+    versions = list(found)
+    names = list(dict.fromkeys(x for one in found.values() for x in one["modes"]))
+    rows = [
+        [f"`{name}`", *(_passed(found[x]["modes"].get(name)) for x in versions)]
+        for name in names
+    ]
+    header = ["tests that passed", *(f"jax {x}" for x in versions)]
+    measured = "; ".join(tables.measured_on(one) for one in found.values())
+    return f"{tables.table(header, rows)}\n\n{measured}."
+
+
+def _passed(one: dict[str, Any] | None) -> str:
+    return f"{one['passed']:,}" if one else "not run"
+
+
+def installed_section(found: dict[str, Any]) -> str:
+    rows = [
+        [kind, ", ".join(found[kind]["installed_alone"]), found[kind]["tests"].strip("= ")]
+        for kind in ("sdist", "wheel")
+    ]
+    header = ["from the", "installed", "tests"]
+    return f"{tables.table(header, rows)}\n\n{tables.measured_on(found)}."
+
+
 SECTIONS = {
     "fuzz": ("fuzz", fuzz_section),
     "long runs": ("long_runs", long_runs_section),
     "rates": ("long_runs", rates_section),
     "crash": ("crash", crash_section),
+    "modes": ("modes", modes_section),
+    "installed": ("installed", installed_section),
 }
 
 

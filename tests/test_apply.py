@@ -59,6 +59,7 @@ def test_what_fits_is_exact():
     np.testing.assert_array_equal(new, values)
 
 
+@pytest.mark.makes_nan
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_stays_visible(value):
     new = apply_updates_stochastic(

@@ -122,6 +122,7 @@ def test_short_windows_cannot_tell_all(window):
     assert np.isnan(found.window_filled) == (window == 1)
 
 
+@pytest.mark.makes_nan
 @pytest.mark.parametrize("which", ["gradients", "updates"])
 def test_one_of_both_is_enough(which):
     given, updates, state = run(microadam(1.0, **SETTINGS), 3)

@@ -86,6 +86,19 @@ def test_kernels_have_the_same_bits_of_them(platform):
             np.testing.assert_allclose(others, updates, rtol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "interpret_gpu", "interpret_tpu"])
+def test_nothing_on_the_way_is_nan(implementation):
+    """Else a search for a NaN, operation by operation, would stop here in vain."""
+    tx = scale_by_microadam(window=2, density=0.06, implementation=implementation)
+    with jax.debug_nans(True), jax.disable_jit():
+        for kind in ("zeros", "denormal", "1e38", "ties"):
+            state = tx.init(jnp.zeros(SHAPE))
+            for step in range(2):
+                g = limited(FINITE[kind](step), jnp.float32)
+                updates, state = tx.update(g, state)
+            assert finite(updates)
+
+
 def test_float64_beyond_float32():
     with jax.enable_x64(True):
         g = jnp.asarray([1e300, -1e300, 1.0, 1e-300])
@@ -165,6 +178,7 @@ BAD = {
 }
 
 
+@pytest.mark.makes_nan
 @pytest.mark.parametrize("implementation", ["xla", "interpret_gpu", "interpret_tpu"])
 @pytest.mark.parametrize("kind", BAD)
 def test_what_is_not_finite_shows_and_stays_in_its_block(kind, implementation):
@@ -193,6 +207,7 @@ def test_what_is_not_finite_shows_and_stays_in_its_block(kind, implementation):
         assert not np.isfinite(bad[2]).all()  # it is in the error, and not hidden
 
 
+@pytest.mark.makes_nan
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_apply_if_finite_keeps_it_out(bad):
     tx = optax.apply_if_finite(microadam(0.1, window=3, density=0.06), 5)

@@ -77,6 +77,7 @@ def test_a_tree_of_all_kinds_of_leaves():
         assert jax.tree.map(jnp.shape, ours[0]) == jax.tree.map(jnp.shape, theirs[0])
 
 
+@pytest.mark.makes_nan
 @pytest.mark.parametrize("programs", [(2, 1), (4, 4)])
 @pytest.mark.parametrize("case", ["one by one", "window 2", "padded cells"])
 def test_rows_of_a_program_do_not_matter(case, programs, monkeypatch):
@@ -174,6 +175,7 @@ def test_float64_has_no_kernel():
             tx.update(jnp.ones(8, jnp.float64), state)
 
 
+@pytest.mark.makes_nan
 @pytest.mark.parametrize("implementation", INTERPRETED)
 @pytest.mark.parametrize("case", ["one by one", "padded cells"])
 def test_x64_mode_changes_nothing(case, implementation):

@@ -207,9 +207,11 @@ KINDS = {
         np.where(rows(b, seed=2) > 1, -np.inf, rows(b)),
     ).astype(np.float32),
 }
+FINITE = [kind for kind in KINDS if kind != "not finite"]
+NOT_FINITE = pytest.param("not finite", marks=pytest.mark.makes_nan)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*FINITE, NOT_FINITE])
 @pytest.mark.parametrize("b", [8, 96, 232, 256, 1016, 1024, 2048])
 @pytest.mark.parametrize("k", [1, 3, 8, 9, 31, 64, 250])
 def test_selection_is_that_of_top_k(kind, b, k):
@@ -223,6 +225,7 @@ def test_selection_is_that_of_top_k(kind, b, k):
     np.testing.assert_array_equal(positions, expected)
 
 
+@pytest.mark.makes_nan
 @pytest.mark.parametrize("k", [1, 5, 8])
 def test_strategies_find_the_same_threshold(k):
     for kind in ("normal", "ties", "zeros", "not finite"):

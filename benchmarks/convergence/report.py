@@ -63,30 +63,44 @@ def adam_of(found: list[Outcome]) -> Outcome | None:
 
 
 def main_section(name: str) -> str:
-    """A study of all optimizers: its table, its curves and its learning rates."""
+    """A study of all optimizers: its tables, its curves and its learning rates."""
     one, runs = study.STUDIES[name], study.record(name)
-    steps = one.long or one.steps
-    found = outcomes(name, steps, [x for x in methods.MAIN if x in one.methods])
+    wanted = [x for x in methods.MAIN if x in one.methods]
+    found = outcomes(name, one.steps, wanted)
     if not found:
         return "Not run yet."
-    pictures.curves(found, IMAGES / f"{name}.png")
-    searched = one.steps, one.search_seeds
-    grids = {x: by_rate(runs, x, *searched) for x in methods.MAIN if x in one.methods}
+    longer = outcomes(name, one.long, wanted) if one.long else []
+    pictures.curves(longer or found, IMAGES / f"{name}.png")
+    grids = {x: by_rate(runs, x, one.steps, one.search_seeds) for x in wanted}
     what = deciding(runs.rows[0])
     pictures.rates(
         {x: grid for x, grid in grids.items() if grid}, what, IMAGES / f"{name}_rates.png"
     )
-    missing = [x for x in methods.MAIN if x not in {y.method for y in found}]
+    parts = [
+        f"{one.about[0].upper()}{one.about[1:]}. {one.steps:,} steps, {one.seeds} seeds "
+        f"at the best learning rate of a grid ({one.search_seeds} seed"
+        f"{'s' if one.search_seeds > 1 else ''}):",
+        with_missing(found, wanted),
+    ]
+    if longer:
+        parts += [
+            f"{one.long:,} steps, {one.seeds} seeds, at that rate or as many times half "
+            "of it as that helps:",
+            with_missing(longer, list(one.long_for) or wanted),
+        ]
+    parts += [
+        f"![{what} by step](images/{name}.png)",
+        f"![{what} by learning rate](images/{name}_rates.png)",
+        f"{measured_on(name)}.",
+    ]
+    return "\n\n".join(parts)
+
+
+def with_missing(found: list[Outcome], wanted: list[str]) -> str:
+    """Their table, and who is to come."""
+    missing = [x for x in wanted if x not in {y.method for y in found}]
     note = f"\n\nNot complete yet: {', '.join(missing)}." if missing else ""
-    return (
-        f"{one.about[0].upper()}{one.about[1:]}; {steps:,} steps, {one.seeds} seeds at "
-        f"the best learning rate of a grid ({one.search_seeds} seed"
-        f"{'s' if one.search_seeds > 1 else ''}, {one.steps:,} steps).\n\n"
-        f"{table(found, adam_of(found))}{note}\n\n"
-        f"![{what} by step](images/{name}.png)\n\n"
-        f"![{what} by learning rate](images/{name}_rates.png)\n\n"
-        f"{measured_on(name)}."
-    )
+    return table(found, adam_of(found)) + note
 
 
 def measured_on(name: str) -> str:

@@ -37,6 +37,7 @@ class Study(NamedTuple):
     search_seeds: int = 1
     evaluations: int = 10  # of a run
     long: int = 0  # steps of longer runs, if any
+    long_for: tuple[str, ...] = ()  # the optimizers that have those; all, if empty
     record: str = ""  # the study that has the same task, whose runs it shares
 
 
@@ -77,12 +78,13 @@ STUDIES = {
         methods.MAIN,
         steps=500,
         long=5000,
+        long_for=("Adam", *methods.OURS),
     ),
     "bert": Study(
         "MiniLM (22.6 million parameters) fine-tuned on docstrings",
         tasks.bert_docstrings,
         methods.scaled(methods.MAIN, 1 / 8),
-        steps=150,
+        steps=100,
         evaluations=1,
     ),
     "language_windows": Study(
@@ -159,7 +161,7 @@ class Work:
             self.method.centre, lambda x: self.rows(x, study.search_seeds, study.steps)
         )
         found = self.rows(rate, study.seeds, study.steps)
-        if not study.long:
+        if not study.long or self.title not in (study.long_for or study.methods):
             return rate, found
 
         def first(x: float) -> float:

@@ -70,5 +70,13 @@ def _lower_quietly(ctx: Any, *args: Any, f: Callable, number: int) -> Any:
         return mlir.lower_fun(f, multiple_results=True)(ctx, *args)
 
 
+def _alone(primitive: Primitive, *args: Any, **params: Any) -> Any:
+    """One operation compiled, for ``jax.disable_jit`` and the search for a NaN."""
+    with jax.disable_jit(False):
+        return jax.jit(functools.partial(primitive.bind, **params))(*args)
+
+
+_only_on.def_impl(functools.partial(_alone, _only_on))
+_quietly.def_impl(functools.partial(_alone, _quietly))
 mlir.register_lowering(_only_on, _lower_only_on)
 mlir.register_lowering(_quietly, _lower_quietly)
