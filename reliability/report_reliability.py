@@ -121,7 +121,11 @@ def _passed(one: dict[str, Any] | None) -> str:
 
 def installed_section(found: dict[str, Any]) -> str:
     rows = [
-        [kind, ", ".join(found[kind]["installed_alone"]), found[kind]["tests"].strip("= ")]
+        [
+            kind,
+            ", ".join(found[kind]["installed_alone"]),
+            found[kind]["tests"].strip("= "),
+        ]
         for kind in ("sdist", "wheel")
     ]
     header = ["from the", "installed", "tests"]

@@ -21,6 +21,7 @@ def gradients(steps, shape=(20, 30)):
         yield gradient.astype(jnp.bfloat16).astype(jnp.float32)
 
 
+@pytest.mark.promotes
 def test_density_1_within_the_window_is_adam():
     window = 5
     ours, adam = scale_by_microadam(window=window, density=1.0), optax.scale_by_adam()

@@ -87,6 +87,7 @@ def test_leaves_and_keys_draw_apart():
     assert (one["a"] != other["a"]).any()
 
 
+@pytest.mark.promotes
 def test_lost_updates():
     params = {"a": jnp.ones(4, jnp.bfloat16), "b": jnp.ones(4)}
     updates = {"a": jnp.array([0.0, ULP / 3, ULP, ULP / 3]), "b": jnp.full(4, 1e-6)}

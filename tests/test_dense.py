@@ -65,6 +65,7 @@ WAYS = {
 }
 
 
+@pytest.mark.promotes
 @pytest.mark.parametrize("way", WAYS)
 def test_each_leaf_is_updated_by_its_own(way):
     """Dense leaves as by Adam, the others as by MicroAdam that knows only them."""
@@ -78,6 +79,7 @@ def test_each_leaf_is_updated_by_its_own(way):
         chex.assert_trees_all_equal(mine, expected)
 
 
+@pytest.mark.promotes
 @pytest.mark.parametrize("answer", [True, False])
 def test_all_or_none(answer):
     whole = optax.scale_by_adam() if answer else scale_by_microadam(**SETTINGS)
@@ -96,6 +98,7 @@ def test_the_state_holds_each_leaf_once():
     assert sorted(x.size for x in moments) == [1, 96, 96, 64 * 32]
 
 
+@pytest.mark.promotes
 def test_weight_decay_reaches_every_leaf():
     params = jax.tree.map(jnp.ones_like, PARAMS)
     tx = microadam(0.5, weight_decay=0.1, dense=not_kernels, **SETTINGS)
@@ -105,6 +108,7 @@ def test_weight_decay_reaches_every_leaf():
     chex.assert_trees_all_close(updates, expected, rtol=1e-6)
 
 
+@pytest.mark.promotes
 def test_with_a_grid_and_a_mask():
     """`grid` and `dense` trees name all leaves, also those that others have taken."""
     grid = {"embed": (64, 1), "blocks": [{"kernel": (2, 3), "bias": None}] * 2}
@@ -123,6 +127,7 @@ def test_with_a_grid_and_a_mask():
         chex.assert_trees_all_equal(mine, expected)
 
 
+@pytest.mark.promotes
 def test_hyperparameters():
     inject = optax.inject_hyperparams(microadam, static_args=STATIC_ARGS)
     injected, state = run(inject(learning_rate=0.1, dense=smaller_than(3000)))

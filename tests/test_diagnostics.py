@@ -133,6 +133,7 @@ def test_one_of_both_is_enough(which):
     assert np.isnan(part.total.error_over_gradient) == (which == "updates")
 
 
+@pytest.mark.promotes
 def test_in_a_chain_and_jitted():
     tx = optax.chain(
         optax.clip_by_global_norm(1.0), microadam(0.1, dense=smaller_than(20), **SETTINGS)

@@ -51,6 +51,7 @@ def test_selection_contracts(x, k):
     assert rest @ rest <= (1 - k / x.size) * (whole @ whole) * (1 + 1e-12)
 
 
+@pytest.mark.promotes
 def test_the_last_count_stays():
     """At the end of int32 the number of steps stays where it is, as optax's does."""
     tx, adam = scale_by_microadam(window=3, density=0.25), optax.scale_by_adam()

@@ -141,6 +141,7 @@ def test_preserve_dtype(run, call, dtype):
     run("test_preserve_dtype", call, dtype=dtype)
 
 
+@pytest.mark.promotes
 @pytest.mark.parametrize("run", [common, aliases])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_gradient_accumulation(run, call, dtype):
