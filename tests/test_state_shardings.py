@@ -78,6 +78,7 @@ def nodes(state):
     return [node for node in found if isinstance(node, MicroAdamState)]
 
 
+@pytest.mark.promotes
 @pytest.mark.parametrize("chain", CHAINS)
 def test_any_chain(chain, params, mesh):
     """They are valid for any chain, cut what can be cut, and an update keeps them."""

@@ -108,8 +108,10 @@ def _add_stored(
 
     def add(entry: jax.Array, moments: list[Any]) -> list[Any]:
         here = column == entry
-        index = jnp.sum(jnp.where(here, indices, 0), axis=1, keepdims=True)
-        value = jnp.sum(jnp.where(here, values, 0), axis=1, keepdims=True)
+        index, value = (
+            jnp.sum(jnp.where(here, x, 0), axis=1, keepdims=True, dtype=x.dtype)
+            for x in (indices, values)
+        )
         slot = lax.div(entry, jnp.int32(k))
         added = [scalars.weights[i, slot] * x for i, x in enumerate(_rows.moments(value))]
         return [
