@@ -3,7 +3,7 @@
 python reliability/modes.py    # with the jax that is installed; half an hour
 
 Warnings are errors in every run (pyproject.toml). Left out of a mode are the tests with
-the mark of what it forbids, since they do it on purpose or have optax or flax do it.
+the mark of what it forbids, since they do it on purpose or have optax do it.
 """
 
 import argparse
