@@ -51,14 +51,14 @@ def curves(outcomes: list[Outcome], file: pathlib.Path) -> None:
 
 def rates(grids: dict[str, list[tuple[float, float]]], what: str, file: pathlib.Path):
     """The deciding figure over the learning rate."""
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
     values = [value for grid in grids.values() for _, value in grid]
     for name, grid in grids.items():
         axes.plot(*zip(*grid, strict=True), "o-", color=COLORS.get(name), label=name)
     axes.set(xscale="log", xlabel="peak learning rate", ylabel=what)
     if what.endswith("loss"):
         axes.set_ylim(min(values) - 0.05, min(values) + 1.2)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     save(figure, file)
 
 
