@@ -48,9 +48,10 @@ def differences(ours, theirs) -> jax.Array:
     )
     other = jax.tree.leaves(same._replace(codes=None))
     got, want = (x.astype(jnp.float32) for x in (updates, want))
-    unit = jnp.finfo(updates.dtype).eps * jnp.maximum(jnp.abs(want), 1)
+    unit = float(jnp.finfo(updates.dtype).eps) * jnp.maximum(jnp.abs(want), 1)
     apart = jnp.where(jnp.isfinite(want), jnp.abs(got - want) / unit, 0)
-    return jnp.stack([same.codes, sum(other), jnp.max(apart)]).astype(jnp.float32)
+    found = (same.codes, sum(other), jnp.max(apart))
+    return jnp.stack([x.astype(jnp.float32) for x in found])
 
 
 def check(shape, dtype, arguments, steps: int) -> dict:

@@ -1,6 +1,6 @@
-"""The tests of the optimizer on one device in jax's strict modes, one after another.
+"""The tests in jax's strict modes, one after another.
 
-python reliability/modes.py    # with the jax that is installed; half an hour
+python reliability/modes.py    # with the jax that is installed; an hour and a half
 
 Warnings are errors in every run (pyproject.toml). Left out of a mode are the tests with
 the mark of what it forbids, since they do it on purpose or have optax do it.
@@ -22,7 +22,8 @@ sys.path.append(str(ROOT / "benchmarks"))
 import common  # noqa: E402
 
 RESULT = ROOT / "reliability" / "results" / "modes.json"
-FILES = (
+TESTS = sorted((ROOT / "tests").glob("test_*.py"))
+ONE_DEVICE = (
     "adam",
     "apply",
     "dense",
@@ -38,6 +39,12 @@ FILES = (
     "parts",
     "trees",
 )
+PARTS = {
+    "the optimizer on one device": [x for x in TESTS if x.stem[5:] in ONE_DEVICE],
+    "meshes, checkpoints, kernels, examples, benchmarks": [
+        x for x in TESTS if x.stem[5:] not in ONE_DEVICE
+    ],
+}
 
 
 class Mode(NamedTuple):
@@ -57,13 +64,13 @@ MODES = {
 }
 
 
-def passed(mode: Mode, workers: str) -> dict[str, Any]:
+def passed(mode: Mode, files: list[pathlib.Path], workers: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-q", "-n", workers, "--tb=short"]
     if mode.mark:
         command += ["-m", f"not {mode.mark}"]
     env = {**os.environ, mode.variable: mode.value}
     began = time.monotonic()
-    command += [f"tests/test_{name}.py" for name in FILES]
+    command += map(str, files)
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{mode.variable}={mode.value}\n{done.stdout}{done.stderr}")
@@ -74,6 +81,7 @@ def passed(mode: Mode, workers: str) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=list(MODES), help="this mode alone")
+    parser.add_argument("--part", choices=list(PARTS), help="these tests alone")
     parser.add_argument("--workers", default="auto", help="of pytest-xdist")
     parser.add_argument("--output", type=pathlib.Path, default=RESULT)
     args = parser.parse_args(arguments)
@@ -81,9 +89,11 @@ def main(arguments: list[str] | None = None) -> int:
     found = json.loads(args.output.read_text()) if args.output.exists() else {}
     own = found.setdefault(machine["jax"], {"machine": machine, "modes": {}})
     for name in [args.only] if args.only else MODES:
-        own["modes"][name] = passed(MODES[name], args.workers)
-        print(f"{name}: {own['modes'][name]}", flush=True)
-        args.output.write_text(json.dumps(found, indent=1) + "\n")
+        for part in [args.part] if args.part else PARTS:
+            one = passed(MODES[name], PARTS[part], args.workers)
+            own["modes"].setdefault(name, {})[part] = one
+            print(f"{name}, {part}: {one}", flush=True)
+            args.output.write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 

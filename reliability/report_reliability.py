@@ -105,17 +105,23 @@ def crash_section(found: dict[str, Any]) -> str:
 
 def modes_section(found: dict[str, Any]) -> str:
     versions = list(found)
-    names = list(dict.fromkeys(x for one in found.values() for x in one["modes"]))
+    pairs = dict.fromkeys(
+        (name, part)
+        for one in found.values()
+        for name, parts in one["modes"].items()
+        for part in parts
+    )
     rows = [
-        [f"`{name}`", *(_passed(found[x]["modes"].get(name)) for x in versions)]
-        for name in names
+        [f"`{name}`", part, *(_passed(found[x]["modes"], name, part) for x in versions)]
+        for name, part in pairs
     ]
-    header = ["tests that passed", *(f"jax {x}" for x in versions)]
+    header = ["mode", "tests of", *(f"passed, jax {x}" for x in versions)]
     measured = "; ".join(tables.measured_on(one) for one in found.values())
     return f"{tables.table(header, rows)}\n\n{measured}."
 
 
-def _passed(one: dict[str, Any] | None) -> str:
+def _passed(modes: dict[str, Any], name: str, part: str) -> str:
+    one = modes.get(name, {}).get(part)
     return f"{one['passed']:,}" if one else "not run"
 
 

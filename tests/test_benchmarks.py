@@ -28,6 +28,7 @@ def test_formula_is_the_state_where_blocks_are_filled():
 
 
 @pytest.mark.parametrize("apply", [False, True])
+@pytest.mark.promotes
 def test_step_time_runs(apply):
     row = step_time.compare([(64, 64)], common.SETTINGS["(2, 6 %)"], apply, steps=1)
     assert row["parameters"] == 64 * 64
@@ -44,6 +45,7 @@ def test_the_plan_of_a_70b_model():
     assert held["MicroAdam (10, 1 %)"] == pytest.approx(own / 2 * 0.85, rel=0.02)
 
 
+@pytest.mark.promotes
 def test_what_each_optimizer_sends():
     mesh = sharding.meshes.make_mesh("tp 8")
     at = sharding.NamedSharding(mesh, sharding.P(None, "tp"))

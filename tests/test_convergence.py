@@ -67,6 +67,7 @@ def test_accuracy_is_better_where_higher():
     assert runs.score(high) < runs.score(low)
 
 
+@pytest.mark.promotes
 def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     """Nothing runs twice; what is missing runs; the record says what came of it."""
     monkeypatch.setattr(runs.Runs.__init__, "__defaults__", (tmp_path,))
@@ -115,6 +116,7 @@ def test_only_complete_outcomes_count(tmp_path):
 
 
 @pytest.mark.parametrize("name", methods.ALL)
+@pytest.mark.promotes
 def test_every_optimizer_can_be_made(name):
     params = {"w": jnp.ones((64, 128)), "b": jnp.ones(8)}
     tx = training.optimizer(methods.ALL[name], 1e-3)

@@ -19,6 +19,7 @@ def run(tmp_path, *arguments):
 
 
 @pytest.mark.parametrize("optimizer", ["microadam", "adamw"])
+@pytest.mark.promotes
 def test_it_trains_on_files_and_draws(optimizer, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be, that is the question. " * 60)
@@ -33,12 +34,14 @@ def test_it_trains_on_files_and_draws(optimizer, tmp_path, capsys):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.promotes
 def test_diagnostics_are_drawn(tmp_path, capsys):
     plot = run(tmp_path, "--log-diagnostics", "--window", "3")
     assert plot.with_stem("loss_health").read_bytes().startswith(b"\x89PNG")
     assert "diagnostics: " in capsys.readouterr().out
 
 
+@pytest.mark.promotes
 def test_it_learns():
     """Beats the unigram model on text with structure."""
     text = np.frombuffer(b"abcdefgh" * 400, np.uint8)
@@ -87,6 +90,7 @@ def test_errors_are_one_line_and_status_2(
     assert message in lines[0]
 
 
+@pytest.mark.promotes
 def test_pure_bfloat16(capsys):
     sizes = {"steps": 40, "batch": 4, "length": 16, "width": 16, "depth": 1}
     arguments = [f"--{name}={size}" for name, size in sizes.items()]

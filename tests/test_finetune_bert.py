@@ -127,6 +127,7 @@ def test_checkpoints_of_whole_models_load_too(folder):
     ("pooling", "optimizers"),
     [("mean", ["microadam", "adamw", "adafactor", "lion"]), ("cls", ["microadam"])],
 )
+@pytest.mark.promotes
 def test_it_learns(folder, pooling, optimizers, capsys):
     rate = ["--learning-rate", "0.02", "--steps", "60"]
     run(folder, "--optimizer", *optimizers, "--pooling", pooling, *rate)

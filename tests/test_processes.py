@@ -15,8 +15,9 @@ import pytest
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "examples" / "train_sharded.py"
 SIZES = {"batch": 8, "length": 32, "width": 64, "depth": 1, "heads": 2}
-STEPS = 60
-EVERY = 10
+STEPS = 20
+EVERY = 4
+PATIENCE = 600  # seconds for a run, after which it counts as hanging
 CACHED = os.environ | {
     "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -35,7 +36,7 @@ def run(folder, *arguments):
     """The loss at each step."""
     curve = folder / "curve.json"
     process = start("--curve", curve, *arguments)
-    out, _ = process.communicate()
+    out, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, out
     return dict(json.loads(curve.read_text())["loss"])
 
@@ -50,10 +51,11 @@ def kill_one_after_the_second_checkpoint(process, folder):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
     os.kill(children(process)[1], signal.SIGKILL)
-    return process.communicate()[0]
+    return process.communicate(timeout=PATIENCE)[0]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.promotes
 def test_fsdp_killed_and_restarted(tmp_path):
     """The restart goes on from the checkpoint with the losses of an unbroken run."""
     unbroken = run(tmp_path, "--steps", STEPS)
@@ -72,7 +74,7 @@ def test_fsdp_killed_and_restarted(tmp_path):
     assert rest == {step: unbroken[step] for step in rest}
 
     refused = start(*same, "--window", 4)
-    out, _ = refused.communicate()
+    out, _ = refused.communicate(timeout=PATIENCE)
     assert refused.returncode == 2
     assert "was made with `window` 10, but this transformation has `window` 4" in out
 
@@ -86,6 +88,7 @@ def test_fsdp_killed_and_restarted(tmp_path):
 
 
 @pytest.mark.parametrize("parallel", ["data", "zero"])
+@pytest.mark.promotes
 def test_two_devices_in_two_processes_or_in_one(parallel, tmp_path):
     """The sum of two gradients has no order, so here the losses are equal."""
     shared = ("--steps", 10, "--parallel", parallel, "--window", 1)
@@ -99,6 +102,6 @@ def test_two_devices_in_two_processes_or_in_one(parallel, tmp_path):
 
 def test_errors_are_one_line():
     refused = start("--batch", 7)
-    out, _ = refused.communicate()
+    out, _ = refused.communicate(timeout=PATIENCE)
     assert refused.returncode == 2
     assert out.endswith("error: --batch 7 is not a multiple of the 8 devices\n")

@@ -24,15 +24,18 @@ PLAIN = [plain_jax, nnx_optimizer, linen_train_state, equinox_model, inject_hype
 
 
 @pytest.mark.parametrize("recipe", PLAIN, ids=lambda x: x.__name__)
+@pytest.mark.promotes
 def test_it_learns(recipe):
     assert recipe.main() > 0.93
 
 
+@pytest.mark.promotes
 def test_accumulated_gradients(capsys):
     assert multi_steps.main() > 0.88
     assert "after 150 steps" in capsys.readouterr().out
 
 
+@pytest.mark.promotes
 def test_a_bad_gradient_loses_nothing(capsys):
     accuracy, kept = apply_if_finite.main()
     assert kept
@@ -40,6 +43,7 @@ def test_a_bad_gradient_loses_nothing(capsys):
     assert "steps left out: 1\n" in capsys.readouterr().out
 
 
+@pytest.mark.promotes
 def test_a_break_changes_no_bit(tmp_path):
     accuracy, same = orbax_resume.main(tmp_path)
     assert same
@@ -54,6 +58,7 @@ def test_thin_matrices_alone_train(capsys):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.promotes
 def test_differential_privacy():
     accuracy, epsilon = differential_privacy.main()
     assert accuracy > 0.7

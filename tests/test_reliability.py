@@ -9,6 +9,7 @@ import crash
 import report_reliability as report
 
 
+@pytest.mark.promotes
 def test_a_killed_training_goes_on_and_a_damaged_checkpoint_is_refused(tmp_path):
     output = tmp_path / "results" / "crash.json"
     assert crash.main(["--kills", "1", "--output", str(output)]) == 0

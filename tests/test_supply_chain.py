@@ -64,6 +64,7 @@ def test_nothing_loads_pickles(folder):
         assert "allow_pickle" not in file.read_text(), file
 
 
+@pytest.mark.promotes
 def test_no_network_when_it_runs():
     code = NO_NETWORK + (
         "import jax.numpy as jnp, microadam_optax as m\n"
@@ -78,6 +79,7 @@ def test_no_network_when_it_runs():
     assert "['b', 'w']" in run.stdout
 
 
+@pytest.mark.promotes
 def test_the_example_needs_no_network(tmp_path):
     script = ROOT / "examples" / "train_lm.py"
     sizes = ["--steps=2", "--width=16", "--depth=1", "--heads=1", "--length=16"]
