@@ -60,7 +60,7 @@ def test_fsdp_killed_and_restarted(tmp_path):
     """The restart goes on from the checkpoint with the losses of an unbroken run."""
     unbroken = run(tmp_path, "--steps", STEPS)
     assert list(unbroken) == list(range(1, STEPS + 1))
-    assert unbroken[STEPS] < 0.8 * unbroken[1]
+    assert unbroken[STEPS] < 0.9 * unbroken[1]
 
     folder = tmp_path / "checkpoints"
     same = ("--steps", STEPS, "--checkpoints", folder, "--save-every", EVERY)
