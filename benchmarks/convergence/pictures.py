@@ -69,28 +69,28 @@ def equal_bytes(
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for one in outcomes:
         axes.errorbar(one.state_bytes, one.mean, one.spread, fmt="o", color="tab:blue")
-        label = one.method.removeprefix("MicroAdam ")
-        axes.annotate(
-            label,
-            (one.state_bytes, one.mean),
-            xytext=(6, 5),
-            textcoords="offset points",
-            fontsize="small",
-        )
     if adam:
-        axes.axhline(adam.mean, color="black", linewidth=1)
+        axes.axhline(adam.mean, color="black", linewidth=1, label="Adam, 8 bytes")
         low, high = adam.mean - adam.spread, adam.mean + adam.spread
         axes.axhspan(low, high, color="black", alpha=0.1)
-        axes.text(0.99, adam.mean, "Adam, 8 bytes", **_beside(axes))
+        axes.legend(loc="upper left")
+    gap = 0.045 * (axes.get_ylim()[1] - axes.get_ylim()[0])
+    lowest: dict[float, float] = {}  # where the next label of a column may stand
+    for one in sorted(outcomes, key=lambda x: x.mean):
+        height = max(one.mean, lowest.get(one.state_bytes, one.mean))
+        lowest[one.state_bytes] = height + gap
+        axes.annotate(
+            one.method.removeprefix("MicroAdam "),
+            (one.state_bytes, height),
+            xytext=(6, 0),
+            textcoords="offset points",
+            fontsize="small",
+            va="center",
+        )
     axes.margins(x=0.15)
     what = deciding(outcomes[0].rows[0])
     axes.set(xlabel="bytes of state a parameter", ylabel=what, title=title)
     save(figure, file)
-
-
-def _beside(axes: Any) -> dict[str, Any]:
-    """Text above a line of its height in data, at the right edge of the picture."""
-    return {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom"}
 
 
 def rosenbrock(found: dict[str, Any], file: pathlib.Path) -> None:
