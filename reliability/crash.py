@@ -69,7 +69,8 @@ class Training:
         process = self.start()
         out, _ = process.communicate()
         assert process.returncode == 2, out
-        return out.strip().splitlines()[-1]
+        (said,) = (x for x in out.splitlines() if ": error: " in x)
+        return said  # after it, asyncio may complain of reads that were not awaited
 
     def saved(self) -> list[np.ndarray]:
         """All arrays of the last checkpoint."""
@@ -142,7 +143,7 @@ def damage(training: Training) -> dict[str, str]:
     largest = max(files, key=lambda x: x.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     truncated = training.refused()
-    assert f"to go on from step {STEPS - EVERY}" in truncated
+    assert f"to go on from step {STEPS - EVERY}" in truncated, truncated
     shutil.rmtree(last)
     assert min(training.finish()) == STEPS - EVERY + 1
 
