@@ -91,6 +91,9 @@ def scaled(methods: dict[str, Method], factor: float) -> dict[str, Method]:
     }
 
 
-SHORT_OPTIONS = options("(2, 6 %)", 2, 0.06, 4e-3)
+SHORT_OPTIONS = {
+    "MicroAdam (1, 4 %), all compressed": micro(1, 0.04, 8e-3, dense=None),
+    **options("(2, 6 %)", 2, 0.06, 4e-3),
+}
 OPTIONS = {**options("(10, 1 %)", 10, 0.01, 2e-3), **SHORT_OPTIONS}
 ALL = {**MAIN, **WINDOWS, **OPTIONS}
