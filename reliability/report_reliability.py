@@ -122,7 +122,10 @@ def modes_section(found: dict[str, Any]) -> str:
 
 def _passed(modes: dict[str, Any], name: str, part: str) -> str:
     one = modes.get(name, {}).get(part)
-    return f"{one['passed']:,}" if one else "not run"
+    if not one:
+        return "not run"
+    alone = len(one.get("alone", ()))
+    return f"{one['passed']:,}" + (f", {alone} of them alone" if alone else "")
 
 
 def installed_section(found: dict[str, Any]) -> str:
