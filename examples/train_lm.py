@@ -22,7 +22,7 @@ from language_model import LanguageModel, mean_loss
 from microadam_optax import Health, diagnostics, microadam
 from microadam_optax.memory import optimizer_bytes
 
-LEARNING_RATE = {"microadam": 2e-3, "adamw": 2e-3}  # the best of a few for each
+LEARNING_RATE = {"microadam": 4e-3, "adamw": 2e-3}  # the best of a few for each
 HELD_OUT = 0.05  # share of the text, its end, that is only evaluated
 EVALUATIONS = 5  # during the training
 CLIP = 1.0  # global norm of the gradient
@@ -181,18 +181,24 @@ def plot(curves: dict[str, list], title: str, file: pathlib.Path) -> None:
 
 
 def plot_health(health: list[Health], file: pathlib.Path) -> None:
-    """Every figure of the diagnostics over the steps."""
+    """Every figure of the diagnostics over the steps, but those that a window lacks."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    figures = {name: [getattr(one, name) for one in health] for name in Health._fields}
+    known = {
+        name: values for name, values in figures.items() if np.isfinite(values).any()
+    }
     figure, all_axes = plt.subplots(2, 4, figsize=(14, 6), layout="constrained")
     steps = range(1, len(health) + 1)
-    for axes, name in zip(all_axes.ravel(), Health._fields, strict=True):
-        axes.plot(steps, [getattr(one, name) for one in health], linewidth=0.8)
+    for axes, (name, values) in zip(all_axes.flat, known.items(), strict=False):
+        axes.plot(steps, values, linewidth=0.8)
         axes.set(title=name.replace("_", " "), xlabel="step")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * np.nanmax(values))
+    for axes in all_axes.flat[len(known) :]:
+        axes.remove()
     figure.savefig(file, dpi=120)
     print(f"diagnostics: {file}")
 
@@ -230,8 +236,8 @@ def make_parser(description: str) -> Parser:
     add("--heads", type=positive(int), default=4)
     add("--learning-rate", type=positive(float), help="peak; a default per optimizer")
     add("--weight-decay", type=float, default=0.0)
-    add("--window", type=int, default=10)
-    add("--density", type=float, default=0.01)
+    add("--window", type=int, default=2)
+    add("--density", type=float, default=0.06)
     add("--block-size", type=int, default=256)
     add("--error-bits", type=int, default=4)
     add("--alpha", type=float, default=0.0)

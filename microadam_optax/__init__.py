@@ -10,6 +10,7 @@ from microadam_optax._dense import smaller_than as smaller_than
 from microadam_optax._diagnostics import Diagnostics as Diagnostics
 from microadam_optax._diagnostics import Health as Health
 from microadam_optax._diagnostics import diagnostics as diagnostics
+from microadam_optax._microadam import PAPER as PAPER
 from microadam_optax._microadam import microadam as microadam
 from microadam_optax._microadam import scale_by_microadam as scale_by_microadam
 from microadam_optax._sharding import shard_grid as shard_grid

@@ -34,7 +34,7 @@ def check_checkpoint(saved: Any, tx: optax.GradientTransformation, params: Any) 
       >>> check_checkpoint(saved, microadam(1e-3), params)
       Traceback (most recent call last):
       ValueError: The optimizer state of ['w'] was made with `window` 4, but this \
-transformation has `window` 10.
+transformation has `window` 2.
     """
     expected = jax.eval_shape(tx.init, params)
     found, wanted = _shapes(saved), _shapes(expected)

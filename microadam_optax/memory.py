@@ -34,7 +34,7 @@ def optimizer_bytes(
       >>> memory.optimizer_bytes(optax.adam(1e-3), params) / 4096**2
       8.000000238418579
       >>> memory.optimizer_bytes(microadam(1e-3), params) / 4096**2
-      0.832033634185791
+      0.7031254768371582
     """
     state = jax.eval_shape(tx.init, params)
     if shardings is None:

@@ -3,9 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 
+from microadam_optax import PAPER
+
 F32, BF16, F16 = jnp.float32, jnp.bfloat16, jnp.float16
 CASES = {  # shape of a leaf, its dtype, arguments
-    "one by one": ((5, 256), F32, {}),
+    "one by one": ((5, 256), F32, PAPER),
     "the most one by one": ((3, 256), F32, {"window": 4, "density": 0.0156}),
     "the fewest by bisection": ((3, 256), F32, {"window": 4, "density": 0.0157}),
     "window 1": ((9, 256), BF16, {"window": 1, "density": 0.12}),

@@ -24,8 +24,8 @@ class Options:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
-    window: int = 10
-    density: float = 0.01
+    window: int = 2
+    density: float = 0.06
     block_size: int = 256
     bits: int = 4
     shards: int = 8

@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from microadam_optax import microadam, scale_by_microadam
+from microadam_optax import PAPER, microadam, scale_by_microadam
 
 SETTINGS = {
-    "paper": {},
+    "paper": PAPER,
     "window 1": {"window": 1, "density": 0.12},
     "window 2": {"window": 2, "density": 0.06},
     "all selected": {"window": 3, "density": 1.0},

@@ -43,7 +43,7 @@ def test_trajectories_are_those_of_xla(case, implementation):
     )
     # Moments are sums of up to `window` products that each may be rounded otherwise,
     # and an update is at most about 10.
-    roundings = 4 * arguments.get("window", 10) + 12
+    roundings = 4 * arguments.get("window", 2) + 12
     atol = 10 * roundings * 2.0**-24
     for (updates, state), (own_updates, own_state) in both:
         assert own_updates.dtype == dtype
@@ -118,7 +118,7 @@ def test_it_lowers_on_a_cpu_without_a_warning(case, platform):
     if not (platform == "tpu" and dtype == F16):  # which it computes in float32
         call = text[text.index(CALLS[platform]) :]
         arrays = len(jax.tree.leaves(jax.eval_shape(tx.init, leaf))) - 1
-        arrays -= arguments.get("window", 10) > 1  # count and ages are not the kernel's
+        arrays -= arguments.get("window", 2) > 1  # count and ages are not the kernel's
         assert call.count("output_operand_alias<") >= arrays + 1
 
 

@@ -93,13 +93,13 @@ def test_a_plan(capsys):
     found, rows = run(capsys, "llama2-7b", "--gradients-dtype", "float32")
     number = PUBLISHED["llama2-7b"]
     assert found["parameters"] == number
-    adam, ours = rows["Adam"], rows["MicroAdam (10, 1 %), 4 bits"]
+    adam, ours = rows["Adam"], rows["MicroAdam (2, 6 %), 4 bits"]
     assert adam["parameters"] == 2 * number
     assert adam["gradients"] == 4 * number
     assert adam["state"] == 8 * number + 4
     assert rows["Adam, mu in bfloat16"]["state"] == 6 * number + 4
     assert rows["Lion"]["state"] == 4 * number + 4
-    assert 0.85 < ours["state"] / number < 0.86
+    assert 0.70 < ours["state"] / number < 0.71
     assert ours["sum"] == sum(ours[x] for x in ("parameters", "gradients", "state"))
     assert adam["fits_gb"] == [141]
     assert ours["fits_gb"] == [80, 141]
@@ -134,7 +134,7 @@ def test_the_table(capsys):
     text = capsys.readouterr().out
     assert "6,738,415,616 parameters, bfloat16, 4 devices" in text
     (line,) = (x for x in text.splitlines() if "MicroAdam" in x)
-    assert line.split()[-7:] == ["3.37", "3.37", "1.43", "8.17", "0.851", "16", "GB"]
+    assert line.split()[-7:] == ["3.37", "3.37", "1.19", "7.93", "0.705", "16", "GB"]
 
 
 @pytest.mark.parametrize(

@@ -10,19 +10,19 @@ import pytest
 
 import following
 import oracle
-from microadam_optax import scale_by_microadam
+from microadam_optax import PAPER, scale_by_microadam
 
 pytestmark = pytest.mark.usefixtures("strict")
 
 STEPS = {"xla": 50, "interpret_gpu": 25, "interpret_tpu": 25}
 
 CASES = {
-    "paper": {},
-    "paper, two bits": {"error_bits": 2},
-    "paper, eight bits": {"error_bits": 8},
+    "defaults": {},
+    "paper": PAPER,
+    "paper, two bits": {**PAPER, "error_bits": 2},
+    "paper, eight bits": {**PAPER, "error_bits": 8},
     "window 1": {"window": 1, "density": 0.12},
     "window 1, quarter": {"window": 1, "density": 0.25, "error_bits": 8},
-    "window 2": {"window": 2, "density": 0.06},
     "window 2, one entry": {"window": 2, "density": 0.001},
     "window 3": {"window": 3, "density": 0.04},
     "window 3, quarter": {"window": 3, "density": 0.25, "error_bits": 2},

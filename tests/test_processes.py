@@ -76,7 +76,7 @@ def test_fsdp_killed_and_restarted(tmp_path):
     refused = start(*same, "--window", 4)
     out, _ = refused.communicate(timeout=PATIENCE)
     assert refused.returncode == 2
-    assert "was made with `window` 10, but this transformation has `window` 4" in out
+    assert "was made with `window` 2, but this transformation has `window` 4" in out
 
     # Eight devices in one process add the gradients up in another order than the two
     # processes do: float32 rounding apart, carried through every step.

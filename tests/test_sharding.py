@@ -20,7 +20,13 @@ from meshes import (
     shardings_of,
     zeros,
 )
-from microadam_optax import _chunks, scale_by_microadam, shard_grid, state_shardings
+from microadam_optax import (
+    PAPER,
+    _chunks,
+    scale_by_microadam,
+    shard_grid,
+    state_shardings,
+)
 
 STEPS = 20
 SETTINGS = {
@@ -120,7 +126,7 @@ def test_every_case_is_on_a_mesh():
 )
 @pytest.mark.usefixtures("strategy")
 def test_meshes(name):
-    assert beside_one_device(scale_by_microadam(), leaves_on(name)) == {}
+    assert beside_one_device(scale_by_microadam(**PAPER), leaves_on(name)) == {}
 
 
 @pytest.mark.parametrize("strategy", ["whole"], indirect=True)

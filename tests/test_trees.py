@@ -14,10 +14,10 @@ from flax import nnx
 from flax.core import FrozenDict
 
 import microadam_optax
-from microadam_optax import microadam, scale_by_microadam
+from microadam_optax import PAPER, microadam, scale_by_microadam
 
 SETTINGS = {
-    "paper": {},
+    "paper": PAPER,
     "window1": {"window": 1, "density": 0.12},
     "random": {"window": 2, "density": 0.06, "stochastic_rounding": True},
 }
@@ -235,7 +235,8 @@ def test_every_public_name_is_documented():
     for name in dir(microadam_optax):
         if not name.startswith("_"):
             assert f":: microadam_optax.{name}\n" in page
-            assert name == "STATIC_ARGS" or getattr(microadam_optax, name).__doc__
+            data = name in ("PAPER", "STATIC_ARGS")
+            assert data or getattr(microadam_optax, name).__doc__
 
 
 def test_the_count_ends_as_optax_s_does():

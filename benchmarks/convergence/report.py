@@ -70,7 +70,8 @@ def main_section(name: str) -> str:
     if not found:
         return "Not run yet."
     longer = outcomes(name, one.long, wanted) if one.long else []
-    pictures.curves(longer or found, IMAGES / f"{name}.png")
+    if one.evaluations > 1:
+        pictures.curves(longer or found, IMAGES / f"{name}.png")
     grids = {x: by_rate(runs, x, one.steps, one.search_seeds) for x in wanted}
     what = deciding(runs.rows[0])
     pictures.rates(
@@ -88,8 +89,9 @@ def main_section(name: str) -> str:
             "of it as that helps:",
             with_missing(longer, list(one.long_for) or wanted),
         ]
+    if one.evaluations > 1:
+        parts.append(f"![{what} by step](images/{name}.png)")
     parts += [
-        f"![{what} by step](images/{name}.png)",
         f"![{what} by learning rate](images/{name}_rates.png)",
         f"{measured_on(name)}.",
     ]
@@ -128,6 +130,24 @@ def windows_section(name: str) -> str:
     )
 
 
+def quality_section() -> str:
+    """Adam and the settings of MicroAdam in all studies, mean and spread."""
+    wanted = ["Adam", "MicroAdam (2, 6 %)", "MicroAdam (1, 4 %)", methods.PAPER]
+    rows = []
+    for name, one in study.STUDIES.items():
+        for steps in (one.steps, one.long):
+            known = {x.method: x for x in outcomes(name, steps, wanted)}
+            if one.record or "Adam" not in known:
+                continue
+            what = deciding(known["Adam"].rows[0])
+            means = [
+                f"{figure(x.mean, what)} ± {figure(x.spread, what)}" if x else ""
+                for x in map(known.get, wanted)
+            ]
+            rows.append([f"{one.about}; {steps:,} steps", what, *means])
+    return tables.table(["", "mean and spread of", *wanted], rows)
+
+
 def rates_section() -> str:
     """The best learning rate of each setting over Adam's, by study."""
     names = [x for x in study.STUDIES if study.record(x).rows]
@@ -161,7 +181,7 @@ def rosenbrock_section() -> str:
     ]
     header = [f"value after {found['steps']:,} steps, by learning rate", *rates]
     return (
-        "![The paths of three optimizers](images/rosenbrock.png)\n\n"
+        "![The paths of four optimizers](images/rosenbrock.png)\n\n"
         f"{tables.table(header, rows)}\n\n{tables.measured_on(found)}."
     )
 
@@ -202,10 +222,7 @@ def main() -> None:
         text = tables.fill(text, name, content)
     page.write_text(text)
     readme = ROOT / "README.md"
-    windows = study.STUDIES["language_windows"]
-    found = outcomes("language_windows", windows.steps, ["Adam", *methods.WINDOWS])
-    quality = f"{table(found, adam_of(found))}\n\n{measured_on('language_windows')}."
-    readme.write_text(tables.fill(readme.read_text(), "quality", quality))
+    readme.write_text(tables.fill(readme.read_text(), "quality", quality_section()))
     tuning = DOCS / "tuning.md"
     tuning.write_text(tables.fill(tuning.read_text(), "rates", rates_section()))
     held = tables.load("memory")["state_bytes_a_parameter"]["Llama-2-7B"]
