@@ -86,6 +86,7 @@ def equal_bytes(
             textcoords="offset points",
             fontsize="small",
             va="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )
     axes.margins(x=0.15)
     what = deciding(outcomes[0].rows[0])
