@@ -147,6 +147,12 @@ def test_keep_largest():
     np.testing.assert_array_equal(kept, [0.0, -3.0])
 
 
+@pytest.mark.parametrize("page", ["docs/convergence.md", "README.md"])
+def test_the_summary_is_that_of_the_results(page):
+    text = (DOCS.parent / page).read_text()
+    assert f"<!-- quality -->\n{report.quality_section()}\n<!-- end" in text
+
+
 def lengths():
     for name, one in study.STUDIES.items():
         yield from ((name, steps) for steps in (one.steps, one.long) if steps)

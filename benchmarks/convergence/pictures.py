@@ -74,11 +74,14 @@ def equal_bytes(
         low, high = adam.mean - adam.spread, adam.mean + adam.spread
         axes.axhspan(low, high, color="black", alpha=0.1)
         axes.legend(loc="upper left")
-    gap = 0.045 * (axes.get_ylim()[1] - axes.get_ylim()[0])
-    lowest: dict[float, float] = {}  # where the next label of a column may stand
+    wide, gap = 0.15 * np.ptp(axes.get_xlim()), 0.045 * np.ptp(axes.get_ylim())
+    placed: list[tuple[float, float]] = []  # labels, the lowest first
     for one in sorted(outcomes, key=lambda x: x.mean):
-        height = max(one.mean, lowest.get(one.state_bytes, one.mean))
-        lowest[one.state_bytes] = height + gap
+        height = one.mean
+        for left, other in placed:
+            if abs(left - one.state_bytes) < wide and height < other + gap:
+                height = other + gap
+        placed.append((one.state_bytes, height))
         axes.annotate(
             one.method.removeprefix("MicroAdam "),
             (one.state_bytes, height),

@@ -216,13 +216,14 @@ def main() -> None:
     }
     sections["digits windows"] = windows_section("digits")
     sections["language windows"] = windows_section("language_windows")
+    sections["quality"] = quality_section()
     sections["rosenbrock"] = rosenbrock_section()
     sections["mechanism"] = mechanism_section()
     for name, content in sections.items():
         text = tables.fill(text, name, content)
     page.write_text(text)
     readme = ROOT / "README.md"
-    readme.write_text(tables.fill(readme.read_text(), "quality", quality_section()))
+    readme.write_text(tables.fill(readme.read_text(), "quality", sections["quality"]))
     tuning = DOCS / "tuning.md"
     tuning.write_text(tables.fill(tuning.read_text(), "rates", rates_section()))
     held = tables.load("memory")["state_bytes_a_parameter"]["Llama-2-7B"]
