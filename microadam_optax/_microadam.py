@@ -201,8 +201,8 @@ def microadam(
 
     State in bytes for each parameter, with k entries selected in blocks of b:
     ``error_bits / 8 + (window - 1) * k * 3 / b + 4 / b``, 0.70 by default, where
-    Adam has 8. The default `window` and `density` are those that trained best in
-    short and long runs; the paper's are `PAPER`.
+    Adam has 8. The default `window` and `density` trained as well as Adam in every
+    study of docs/convergence.md; the paper's are `PAPER`.
 
     Args:
       learning_rate: A number or a schedule; may be traced.
