@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import functools
 import json
+import os
 import pathlib
 import signal
 import socket
@@ -179,6 +180,17 @@ def train(args: argparse.Namespace, text: np.ndarray) -> dict[str, list]:
     return {"loss": curve}
 
 
+def use_cpu_devices(number: int) -> None:
+    """Makes several devices of the CPU; before the first array, without effect on GPUs.
+
+    XLA may run two collectives that do not depend on each other in another order on each
+    device, and then they wait for each other without end; not with this scheduler.
+    """
+    flag = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    os.environ["XLA_FLAGS"] = f"{flag} {os.environ.get('XLA_FLAGS', '')}".strip()
+    jax.config.update("jax_num_cpu_devices", number)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -240,7 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.processes > 1:
         return launch(args, arguments)
     if jax.config.jax_platforms in (None, "", "cpu"):
-        jax.config.update("jax_num_cpu_devices", args.devices)
+        use_cpu_devices(args.devices)
     if args.coordinator:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(args.coordinator, args.hosts, args.host)
