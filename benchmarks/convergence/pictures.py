@@ -57,7 +57,7 @@ def rates(grids: dict[str, list[tuple[float, float]]], what: str, file: pathlib.
         axes.plot(*zip(*grid, strict=True), "o-", color=COLORS.get(name), label=name)
     axes.set(xscale="log", xlabel="peak learning rate", ylabel=what)
     if what.endswith("loss"):
-        axes.set_ylim(min(values) - 0.05, min(values) + 1.2)
+        axes.set_ylim(min(values) - 0.05, min(max(values) + 0.05, min(values) + 1.2))
     figure.legend(loc="outside right upper", fontsize="small")
     save(figure, file)
 
