@@ -6,7 +6,8 @@ import jax
 import optax
 
 from microadam_optax import _checks
-from microadam_optax._state import LeafState, MicroAdamState, form_of
+from microadam_optax._fit import check_form, form_of
+from microadam_optax._state import LeafState, MicroAdamState
 
 
 def check_checkpoint(saved: Any, tx: optax.GradientTransformation, params: Any) -> None:
@@ -41,11 +42,14 @@ transformation has `window` 2.
     nodes = jax.tree_util.tree_leaves_with_path(
         expected, is_leaf=lambda x: isinstance(x, MicroAdamState)
     )
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    _check_version(found)
     for prefix, node in nodes:
         if isinstance(node, MicroAdamState):
-            for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-                here = (_checks.key(prefix), _checks.key(path))
-                _check_leaf(path, tuple(leaf.shape), here, found, wanted)
+            here = _checks.key(prefix)
+            _check_dense(here, [path for path, _ in leaves], found, wanted)
+            for path, leaf in leaves:
+                _check_leaf(here, path, tuple(leaf.shape), found, wanted)
     for key, shape in wanted.items():
         if found.get(key) != shape:
             raise ValueError(
@@ -60,18 +64,51 @@ transformation has `window` 2.
         )
 
 
-def _check_leaf(path: Any, shape: tuple[int, ...], here: tuple, found, wanted) -> None:
+def _check_version(found: dict) -> None:
+    """Refuses what version 0.1 made with `dense`."""
+    nested = "inner_states/dense/inner_state/mu/"
+    dense = [key.split(nested)[1] for key in found if nested in key]
+    if dense:
+        more = f" and {len(dense) - 1} more" if len(dense) > 1 else ""
+        raise ValueError(
+            "The saved optimizer state is nested (`inner_states`), as microadam_optax "
+            f"0.1 made it with a `dense` that names {dense[0]}{more}; a state made with "
+            "the same `dense` now holds the same arrays, under other paths."
+        )
+
+
+def _check_dense(here: str, paths: list[Any], found: dict, wanted: dict) -> None:
+    """Compares which leaves are dense and which compressed."""
+
+    def having(arrays: dict, field: str) -> list[Any]:
+        return [x for x in paths if _join(here, field, _checks.key(x)) in arrays]
+
+    was, now = having(found, "mu"), having(wanted, "mu")
+    differ = [x for x in having(found, "codes") if x in now]
+    differ += [x for x in was if x in having(wanted, "codes")]
+    if differ:
+        names = ", ".join(_checks.name(path) for path in was)
+        made = f"a `dense` that names {names}" if was else "`dense=None`"
+        raise ValueError(
+            f"The saved optimizer state was made with {made}, but the `dense` of this "
+            f"transformation {'names' if differ[0] in now else 'lacks'} "
+            f"{_checks.name(differ[0])}."
+        )
+
+
+def _check_leaf(
+    here: str, path: Any, shape: tuple[int, ...], found: dict, wanted: dict
+) -> None:
     """Compares what two sets of shapes tell of a leaf, if both tell something."""
-    forms = []
+    states, forms = [], []
     for shapes in (found, wanted):
-        prefix, leaf = here
-        ages = shapes.get(_join(prefix, "ages"), (0,))
-        arrays = (shapes.get(_join(prefix, x, leaf)) for x in LeafState._fields)
-        state = LeafState(*arrays)
-        forms.append(form_of(shape, state, ages[0] + 1) if state.codes else None)
-    made, asked = forms
-    if made and asked:
-        _checks.check_form(path, made, asked)
+        ages = shapes.get(_join(here, "ages"), (0,))
+        keys = (_join(here, field, _checks.key(path)) for field in LeafState._fields)
+        states.append(LeafState(*map(shapes.get, keys)))
+        codes = states[-1].codes
+        forms.append(form_of(shape, states[-1], ages[0] + 1) if codes else None)
+    if all(state.codes for state in states) and forms[1]:
+        check_form(path, shape, states[0], *forms)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

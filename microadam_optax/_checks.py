@@ -9,23 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from microadam_optax._blocks import Layout, layout
+from microadam_optax._blocks import Layout
 from microadam_optax._implementation import INTERPRETED, reason_against
-from microadam_optax._state import Form, LeafState, Settings, form_of
-
-STATIC_ARGS = (
-    "window",
-    "density",
-    "block_size",
-    "error_bits",
-    "shards",
-    "grid",
-    "dense",
-    "alpha",
-    "stochastic_rounding",
-    "seed",
-    "implementation",
-)
+from microadam_optax._state import Settings
 
 _NO_KERNEL = '`implementation="pallas"` has no kernel for'
 
@@ -72,7 +58,7 @@ def check_arguments(
 def check_decays(**values: Any) -> None:
     """Raises ValueError for decays or an eps that can only give NaN; arrays pass."""
     for argument, value in values.items():
-        if not isinstance(value, int | float):
+        if not is_number(value):
             continue
         if argument == "eps":
             above = float(np.float32(value)) > 0
@@ -92,13 +78,13 @@ def check_kernel(path: Any, dtype: Any, at: Layout, settings: Settings) -> None:
         )
 
 
-def check_leaf(what: str, path: Any, leaf: Any) -> None:
-    """Raises TypeError if a leaf is not an array of real floating-point numbers."""
+def check_leaf(what: str, path: Any, leaf: Any, dense: bool = False) -> None:
+    """Raises TypeError if a leaf is no real floating-point array; a dense one any."""
     if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
         kind = type(leaf).__name__
     else:
         dtype = jnp.result_type(leaf)
-        if jnp.issubdtype(dtype, jnp.floating):
+        if jnp.issubdtype(dtype, jnp.inexact if dense else jnp.floating):
             return
         kind = dtype.name
     raise TypeError(
@@ -127,28 +113,6 @@ def check_size(size: int) -> None:
     _integer("size", size, "an integer")
 
 
-def check_dense(dense: Any, params: Any, leaves: list[tuple[Any, Any]]) -> list[bool]:
-    """For each leaf, whether it is dense; an error if `dense` does not tell."""
-    if not leaves:
-        return []
-    if callable(dense):
-        choices = [dense(path, leaf) for path, leaf in leaves]
-    else:
-        try:
-            whole: Any = jax.tree.structure(params)
-            choices = whole.flatten_up_to(jax.tree.broadcast(dense, params))
-        except ValueError as error:
-            raise ValueError(
-                f"`dense` must be a tree of bools like the parameters: {error}"
-            ) from error
-    for (path, _), choice in zip(leaves, choices, strict=True):
-        if not isinstance(choice, bool | np.bool_):
-            raise TypeError(
-                f"`dense` must give a bool a leaf, got {choice!r} for {name(path)}."
-            )
-    return choices
-
-
 def check_sharding(path: Any, sharding: Any) -> Sharding:
     """A parameter's sharding; an error if it is none."""
     if sharding is None:
@@ -163,74 +127,6 @@ def check_sharding(path: Any, sharding: Any) -> Sharding:
     return sharding
 
 
-def check_structure(updates: Any, state_tree: Any) -> None:
-    """Raises ValueError if the gradients are not a tree like the state's."""
-    structures: list[Any] = [jax.tree.structure(x) for x in (updates, state_tree)]
-    if structures[0] == structures[1]:
-        return
-    given, known = (
-        [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-        for tree in (updates, state_tree)
-    )
-    missing = [name(path) for path in known if path not in given]
-    extra = [name(path) for path in given if path not in known]
-    if missing:
-        difference = f"there is no gradient for {missing[0]}"
-    elif extra:
-        difference = f"the state knows no {extra[0]}"
-    else:
-        difference = "the containers differ in type"
-    raise ValueError(
-        "The gradient tree does not match the optimizer state: "
-        f"{difference} ({len(given)} leaves given, {len(known)} in the state)."
-    )
-
-
-def check_state(
-    path: Any,
-    shape: tuple[int, ...],
-    state: LeafState,
-    ages: Any,
-    settings: Settings,
-) -> Layout:
-    """The layout of a leaf's state; ValueError if it is not the state of such a leaf."""
-    window = 1 if ages is None else ages.size + 1
-    found = LeafState(*(None if x is None else x.shape for x in state))
-    made = form_of(shape, found, window)
-    if made is None:
-        raise ValueError(
-            f"The optimizer state of {name(path)} is not that of a gradient of shape "
-            f"{shape}; its arrays have the shapes {found}."
-        )
-    at = layout(shape, settings.block_size, grid=made.grid)
-    k = settings.k(at.block) if settings.window > 1 else None
-    check_form(path, made, Form(settings.window, settings.bits, at.block, k, at.grid))
-    return at
-
-
-def check_form(path: Any, made: Form, asked: Form) -> None:
-    """Raises ValueError that names what differs, as it was made and as it is asked."""
-    words = {
-        "window": "`window` {}",
-        "bits": "`error_bits` {}",
-        "block": "blocks of {} elements (`block_size`)",
-        "k": "{} entries selected in a block (`density`)",
-        "grid": "grid {} (`shards` or `grid`)",
-    }
-    differ = [x for x in Form._fields if getattr(made, x) != getattr(asked, x)]
-    if len(differ) > 1 and None in (made.k, asked.k):
-        differ = [x for x in differ if x != "k"]  # a window of 1 does not tell
-    if differ:
-        then, now = (
-            " and ".join(words[x].format(getattr(form, x)) for x in differ)
-            for form in (made, asked)
-        )
-        raise ValueError(
-            f"The optimizer state of {name(path)} was made with {then}, but this "
-            f"transformation has {now}."
-        )
-
-
 def key(path: Any) -> str:
     """A leaf's path as its names joined by slashes, without the types of containers."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
@@ -239,6 +135,11 @@ def key(path: Any) -> str:
 def name(path: Any) -> str:
     """A leaf's path as people write it."""
     return jax.tree_util.keystr(path) or "the only leaf"
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a Python or NumPy number, neither an array nor traced."""
+    return isinstance(value, int | float | np.number)
 
 
 def _integer(argument: str, value: Any, expected: str) -> None:
@@ -257,8 +158,8 @@ def _not_array(argument: str, value: Any) -> None:
     if isinstance(value, jax.Array | np.ndarray):
         raise TypeError(
             f"`{argument}` must be a Python number, got an array; it shapes the state, "
-            "so with optax.inject_hyperparams pass "
-            "`static_args=microadam_optax.STATIC_ARGS`."
+            "so with optax.inject_hyperparams pass `static_args="
+            "microadam_optax.static_args(f)`, f being the function that it wraps."
         )
 
 

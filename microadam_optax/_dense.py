@@ -1,16 +1,16 @@
 """Which leaves keep Adam's dense moments instead of being compressed."""
 
+import dataclasses
+import inspect
+import math
 import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from microadam_optax import _checks
-
-DENSE, COMPRESSED = "dense", "compressed"
 
 
 def smaller_than(size: int) -> Callable[[Any, Any], bool]:
@@ -30,19 +30,14 @@ def smaller_than(size: int) -> Callable[[Any, Any], bool]:
       >>> from microadam_optax import microadam, smaller_than
       >>> tx = microadam(1e-3, dense=smaller_than(4096))
       >>> params = {"w": jnp.zeros((256, 64)), "b": jnp.zeros(64)}
-      >>> state = tx.init(params)[0].inner_states
-      >>> state["compressed"].inner_state.codes["w"].shape
-      (8, 1, 8, 128)
-      >>> state["dense"].inner_state.mu["b"].shape
-      (64,)
+      >>> state = tx.init(params)[0]
+      >>> state.codes["w"].shape, state.mu["w"]
+      ((256, 1, 1, 32), MaskedNode())
+      >>> state.codes["b"], state.mu["b"].shape
+      (MaskedNode(), (64,))
     """
     _checks.check_size(size)
-
-    def dense(path: Any, leaf: Any) -> bool:
-        del path
-        return int(np.prod(np.shape(leaf))) < size
-
-    return dense
+    return _SmallerThan(size)
 
 
 def matching(pattern: str) -> Callable[[Any, Any], bool]:
@@ -66,26 +61,99 @@ def matching(pattern: str) -> Callable[[Any, Any], bool]:
       >>> jax.tree_util.tree_map_with_path(dense, params)
       {'embed': True, 'mlp': {'bias': True, 'kernel': False}}
     """
-    compiled = re.compile(pattern)
+    re.compile(pattern)
+    return _Matching(pattern)
 
-    def dense(path: Any, leaf: Any) -> bool:
+
+@dataclasses.dataclass(frozen=True)
+class _SmallerThan:
+    size: int
+
+    def __repr__(self) -> str:  # the default, as signatures show it
+        return f"smaller_than({self.size})"
+
+    def __call__(self, path: Any, leaf: Any) -> bool:
+        del path
+        return math.prod(np.shape(leaf)) < self.size
+
+
+@dataclasses.dataclass(frozen=True)
+class _Matching:
+    pattern: str
+
+    def __repr__(self) -> str:
+        return f"matching({self.pattern!r})"
+
+    def __call__(self, path: Any, leaf: Any) -> bool:
         del leaf
-        return compiled.search(_checks.key(path)) is not None
-
-    return dense
+        return re.search(self.pattern, _checks.key(path)) is not None
 
 
-def partition(
-    compressed: optax.GradientTransformation,
-    adam: optax.GradientTransformation,
-    dense: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """One transformation for the leaves that `dense` names and one for the others."""
+def choose(dense: Any, params: Any) -> list[bool]:
+    """For each leaf, whether it is dense.
 
-    def labels(params: Any) -> Any:
-        tree: Any
-        leaves, tree = jax.tree_util.tree_flatten_with_path(params)
-        choices = _checks.check_dense(dense, params, leaves)
-        return tree.unflatten(DENSE if x else COMPRESSED for x in choices)
+    Args:
+      dense: as in `microadam`.
+      params: the parameters, or their gradients.
 
-    return optax.partition({COMPRESSED: compressed, DENSE: adam}, labels)
+    Returns:
+      A bool a leaf.
+
+    Raises:
+      ValueError: `dense` is no tree like `params`, or a `matching` that matches no leaf.
+      TypeError: `dense` gives something else than a bool.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if dense is None or not leaves:
+        return [False] * len(leaves)
+    if _is_function(dense):
+        choices = [dense(path, leaf) for path, leaf in leaves]
+    else:
+        choices = _per_leaf(dense, params)
+    for (path, _), choice in zip(leaves, choices, strict=True):
+        if not isinstance(choice, bool | np.bool_):
+            raise TypeError(
+                f"`dense` must give a bool a leaf, got {choice!r} for "
+                f"{_checks.name(path)}."
+            )
+    if isinstance(dense, _Matching) and not any(choices):
+        raise ValueError(
+            f"`dense={dense}` matches no leaf; the path of one is "
+            f"{_checks.key(leaves[0][0])!r}."
+        )
+    return [bool(choice) for choice in choices]
+
+
+def check_function(dense: Any) -> None:
+    """Raises TypeError if `dense` is a function that cannot be given path and leaf."""
+    if dense is None or not _is_function(dense):
+        return
+    try:
+        signature = inspect.signature(dense)
+    except ValueError:  # of a function that is not written in Python
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise TypeError(
+            "`dense` must be a function of a leaf's path and the leaf, such as "
+            "`lambda path, leaf: leaf.ndim < 2`, got one with the signature "
+            f"`{signature}`."
+        ) from error
+
+
+def _is_function(dense: Any) -> bool:
+    """Whether it is called; a tree of bools may be callable too, as a module is."""
+    leaves = jax.tree.leaves(dense)
+    is_tree = leaves and all(isinstance(x, bool | np.bool_) for x in leaves)
+    return callable(dense) and not is_tree
+
+
+def _per_leaf(dense: Any, params: Any) -> list[Any]:
+    whole: Any = jax.tree.structure(params)
+    try:
+        return whole.flatten_up_to(jax.tree.broadcast(dense, params))
+    except ValueError as error:
+        raise ValueError(
+            f"`dense` must be a tree of bools like the parameters: {error}"
+        ) from error

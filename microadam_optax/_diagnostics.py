@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from microadam_optax import _blocks, _quantize
 from microadam_optax._checks import key, name
-from microadam_optax._state import Form, LeafState, MicroAdamState, form_of
+from microadam_optax._fit import Form, form_of
+from microadam_optax._state import LeafState, MicroAdamState
 
 
 class Health(NamedTuple):

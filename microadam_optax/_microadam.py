@@ -5,19 +5,21 @@
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from microadam_optax import _blocks, _checks, _dense, _leaf, _specs, _window
+from microadam_optax import _blocks, _checks, _dense, _fit, _leaf, _specs, _window
 from microadam_optax import _state as _states
 from microadam_optax._state import MicroAdamState
 
-PAPER: Mapping[str, Any] = MappingProxyType({"window": 10, "density": 0.01})
+PAPER: dict[str, Any] = {"window": 10, "density": 0.01, "dense": None}
+TRACED = ("weight_decay",)  # of the arguments that have no place
+_SMALL = _dense.smaller_than(4096)
 
 
 def scale_by_microadam(
@@ -31,7 +33,7 @@ def scale_by_microadam(
     error_bits: int = 4,
     shards: int = 8,
     grid: Any = None,
-    dense: Any | Callable[[Any, Any], bool] | None = None,
+    dense: Any | Callable[[Any, Any], bool] | None = _SMALL,
     alpha: float = 0.0,
     stochastic_rounding: bool = False,
     seed: int = 0,
@@ -59,8 +61,8 @@ def scale_by_microadam(
       dense: Leaves that are not compressed but scaled by `optax.scale_by_adam` with
         the same decays, two moments in the parameter's dtype: a function of a leaf's
         path and the leaf, as for `jax.tree_util.tree_map_with_path`, that looks at
-        nothing but path and shape (`smaller_than`, `matching`); a tree of bools like
-        the parameters, or a prefix of it; or None for no leaves.
+        nothing but path and shape (`smaller_than`, the default, or `matching`); a tree
+        of bools like the parameters, or a prefix of it; or None for no leaves.
       alpha: Share of the error, in [0, 1), that goes into the update at once
         instead of being carried on: for training from scratch. 0 is the paper's
         method.
@@ -70,10 +72,9 @@ def scale_by_microadam(
         None to choose what is known to be faster.
 
     Returns:
-      A transformation whose state is a `MicroAdamState`, or with `dense` that of an
-      `optax.partition` of the ``"compressed"`` and the ``"dense"`` leaves. Updates have
-      the shapes and dtypes of the gradients (float16, bfloat16, float32 or float64);
-      the arithmetic is float32.
+      A transformation whose state is a `MicroAdamState`. Updates have the shapes and
+      dtypes of the gradients (float16, bfloat16, float32 or float64); the arithmetic is
+      float32. Those of dense leaves are optax's, in its arithmetic.
 
     Raises:
       TypeError: an argument of the wrong type, or an integer or complex leaf.
@@ -84,13 +85,13 @@ def scale_by_microadam(
       >>> import jax.numpy as jnp
       >>> import microadam_optax
       >>> tx = microadam_optax.scale_by_microadam(window=2, density=0.25)
-      >>> params = {"w": jnp.zeros((4, 64))}
+      >>> params = {"w": jnp.zeros((64, 64)), "b": jnp.zeros(64)}
       >>> state = tx.init(params)
-      >>> state.codes["w"].shape, state.indices["w"].shape
-      ((4, 1, 1, 32), (4, 1, 1, 16))
-      >>> updates, state = tx.update({"w": jnp.ones((4, 64))}, state)
-      >>> int((updates["w"] != 0).sum())
-      64
+      >>> state.codes["w"].shape, state.indices["w"].shape, state.mu["b"].shape
+      ((8, 1, 2, 128), (8, 1, 2, 64), (64,))
+      >>> updates, state = tx.update({"w": jnp.ones((64, 64)), "b": jnp.ones(64)}, state)
+      >>> int((updates["w"] != 0).sum()), int((updates["b"] != 0).sum())
+      (1024, 64)
 
     References:
       Modoranu et al., `MicroAdam: Accurate Adaptive Optimization with Low Space
@@ -112,23 +113,32 @@ def scale_by_microadam(
         window, density, block_size, error_bits, alpha, implementation
     )
 
+    _dense.check_function(dense)
+    adam = optax.scale_by_adam(b1, b2, eps)
+
     def init_fn(params: optax.Params) -> MicroAdamState:
         leaves, tree = _flatten(params)
+        choices = _dense.choose(dense, params)
         grids = _grids(grid, params)
         layouts = []
-        for (path, leaf), cut in zip(leaves, grids, strict=True):
-            _checks.check_leaf("Parameters", path, leaf)
+        for (path, leaf), is_dense, cut in zip(leaves, choices, grids, strict=True):
+            _checks.check_leaf("Parameters", path, leaf, is_dense)
             cut = _checks.check_grid(path, jnp.shape(leaf), cut)
             at = _blocks.layout(jnp.shape(leaf), block_size, shards, cut)
-            _checks.check_kernel(path, jnp.result_type(leaf), at, settings)
+            if not is_dense:
+                _checks.check_kernel(path, jnp.result_type(leaf), at, settings)
             layouts.append(at)
         key = jax.random.key_data(jax.random.key(seed)) if stochastic_rounding else None
+        moments = adam.init([x for (_, x), d in zip(leaves, choices, strict=True) if d])
+        pairs = zip(moments.mu, moments.nu, strict=True)
         states = [
-            _states.zeros(at, settings, _specs.of(leaf))
-            for (_, leaf), at in zip(leaves, layouts, strict=True)
+            _states.Moments(*next(pairs))
+            if is_dense
+            else _states.zeros(at, settings, _specs.of(leaf))
+            for (_, leaf), is_dense, at in zip(leaves, choices, layouts, strict=True)
         ]
         ages = _window.first(window - 1) if window > 1 else None
-        return _pack(jnp.zeros([], jnp.int32), ages, states, tree, key)
+        return _states.pack(moments.count, ages, key, states, tree)
 
     def update_fn(
         updates: optax.Updates,
@@ -136,15 +146,17 @@ def scale_by_microadam(
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, MicroAdamState]:
         del params
-        _checks.check_structure(updates, state.codes)
+        _fit.check_structure(updates, state)
         leaves, tree = _flatten(updates)
-        states = _unpack(state, tree)
+        choices = _dense.choose(dense, updates)
+        states = _states.unpack(state, tree)
         layouts = []
-        for (path, gradient), old in zip(leaves, states, strict=True):
-            _checks.check_leaf("Gradients", path, gradient)
+        for (path, gradient), old, is_dense in zip(leaves, states, choices, strict=True):
+            _checks.check_leaf("Gradients", path, gradient, is_dense)
             shape = jnp.shape(gradient)
-            at = _checks.check_state(path, shape, old, state.ages, settings)
-            _checks.check_kernel(path, jnp.result_type(gradient), at, settings)
+            at = _fit.check_state(path, shape, old, state.ages, settings, is_dense)
+            if at is not None:
+                _checks.check_kernel(path, jnp.result_type(gradient), at, settings)
             layouts.append(at)
         float32 = functools.partial(jnp.asarray, dtype=jnp.float32)
         count = optax.safe_increment(state.count)
@@ -153,23 +165,40 @@ def scale_by_microadam(
         if state.key is not None:
             key = jax.random.wrap_key_data(state.key)
             step = step._replace(key=jax.random.fold_in(key, state.count))
-        new, after = [], state.count  # a number that is never negative
-        for number, ((_, gradient), old, at) in enumerate(
-            zip(leaves, states, layouts, strict=True)
+        gradients = [gradient for _, gradient in leaves]
+        new = _update_dense(adam, gradients, states, state.count)
+        after = state.count  # a number that is never negative
+        for number, (gradient, old, at) in enumerate(
+            zip(gradients, states, layouts, strict=True)
         ):
-            leaf = _leaf.Leaf(jnp.asarray(gradient), *old, None)
-            own = _leaf.for_leaf(step, number)
-            leaf, after = _leaf.update_leaf(leaf, own, after, at=at, settings=settings)
-            new.append(leaf)
+            if at is not None:
+                leaf = _leaf.Leaf(jnp.asarray(gradient), *old, None)
+                own = _leaf.for_leaf(step, number)
+                leaf, after = _leaf.update_leaf(
+                    leaf, own, after, at=at, settings=settings
+                )
+                new[number] = leaf.gradient, leaf.state
         ages = None if state.ages is None else _window.older(state.ages)
-        new_states = [leaf.state for leaf in new]
-        new_state = _pack(count, ages, new_states, tree, state.key)
-        return tree.unflatten(leaf.gradient for leaf in new), new_state
+        results = [new[number] for number in range(len(leaves))]
+        new_state = _states.pack(count, ages, state.key, [x for _, x in results], tree)
+        return tree.unflatten(x for x, _ in results), new_state
 
-    tx = optax.GradientTransformation(init_fn, update_fn)
-    if dense is None:
-        return tx
-    return _dense.partition(tx, optax.scale_by_adam(b1, b2, eps), dense)
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _update_dense(
+    adam: optax.GradientTransformation,
+    gradients: list[Any],
+    states: list[_states.LeafState | _states.Moments],
+    count: jax.Array,
+) -> dict[int, tuple[Any, Any]]:
+    """Updates and states of the dense leaves, by their number."""
+    dense = {i: x for i, x in enumerate(states) if isinstance(x, _states.Moments)}
+    mu, nu = ([getattr(x, name) for x in dense.values()] for name in ("mu", "nu"))
+    old = optax.ScaleByAdamState(count, mu, nu)
+    updates, new = adam.update([gradients[i] for i in dense], old)
+    moments = map(_states.Moments, new.mu, new.nu)
+    return dict(zip(dense, zip(updates, moments, strict=True), strict=True))
 
 
 def microadam(
@@ -184,7 +213,7 @@ def microadam(
     error_bits: int = 4,
     shards: int = 8,
     grid: Any = None,
-    dense: Any | Callable[[Any, Any], bool] | None = None,
+    dense: Any | Callable[[Any, Any], bool] | None = _SMALL,
     alpha: float = 0.0,
     stochastic_rounding: bool = False,
     seed: int = 0,
@@ -201,8 +230,8 @@ def microadam(
 
     State in bytes for each parameter, with k entries selected in blocks of b:
     ``error_bits / 8 + (window - 1) * k * 3 / b + 4 / b``, 0.70 by default, where
-    Adam has 8. The default `window` and `density` trained as well as Adam in every
-    study of docs/convergence.md; the paper's are `PAPER`.
+    Adam has 8. Leaves of fewer than 4,096 elements keep Adam's own moments. The
+    published setting is ``microadam(learning_rate, **PAPER)``.
 
     Args:
       learning_rate: A number or a schedule; may be traced.
@@ -249,8 +278,7 @@ def microadam(
       Modoranu et al., `MicroAdam: Accurate Adaptive Optimization with Low Space
       Overhead and Provable Convergence <https://arxiv.org/abs/2405.15593>`_, 2024
     """
-    decays = mask is not None or not isinstance(weight_decay, int | float)
-    if decays or weight_decay != 0:
+    if mask is not None or not _checks.is_number(weight_decay) or weight_decay != 0:
         decay = optax.add_decayed_weights(weight_decay, mask)
     else:
         decay = optax.identity()  # the same empty state, and needs no parameters
@@ -276,6 +304,32 @@ def microadam(
     )
 
 
+def static_args(make: Callable[..., Any]) -> tuple[str, ...]:
+    """The arguments of a transformation of this package that are not traced.
+
+    For `optax.inject_hyperparams`, which takes all numbers for hyperparameters and all
+    functions for schedules unless it is told otherwise.
+
+    Args:
+      make: `microadam` or `scale_by_microadam`.
+
+    Returns:
+      Names of arguments.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from microadam_optax import microadam, static_args
+      >>> make = optax.inject_hyperparams(microadam, static_args=static_args(microadam))
+      >>> state = make(learning_rate=0.1, window=1).init(jnp.zeros(3))
+      >>> sorted(state.hyperparams)
+      ['b1', 'b2', 'eps', 'learning_rate', 'weight_decay']
+    """
+    named = inspect.signature(make).parameters.values()
+    return tuple(
+        x.name for x in named if x.kind == x.KEYWORD_ONLY and x.name not in TRACED
+    )
+
+
 def _flatten(tree: Any) -> tuple[list[tuple[Any, Any]], Any]:
     """Leaves with their paths, and the structure."""
     return jax.tree_util.tree_flatten_with_path(tree)
@@ -283,39 +337,11 @@ def _flatten(tree: Any) -> tuple[list[tuple[Any, Any]], Any]:
 
 def _grids(grid: Any, params: Any) -> list[Any]:
     """The grid asked for each leaf that is not masked; None for the default."""
-
-    def masked(x: Any) -> bool:
-        return isinstance(x, optax.MaskedNode)
-
     tree: Any
-    leaves, tree = jax.tree.flatten(params, is_leaf=masked)
+    leaves, tree = jax.tree.flatten(params, is_leaf=_states.is_masked)
     asked = [None] * len(leaves)
     if grid is not None and leaves:
         asked = tree.flatten_up_to(grid)
-    return [x for x, leaf in zip(asked, leaves, strict=True) if not masked(leaf)]
-
-
-def _pack(count, ages, states, tree, key) -> MicroAdamState:
-    """States of the leaves as one, each field a tree like the parameters."""
-
-    def field(name: str) -> Any:
-        return tree.unflatten(getattr(state, name) for state in states)
-
-    kept = ages is not None
-    return MicroAdamState(
-        count=count,
-        ages=ages,
-        codes=field("codes"),
-        ranges=field("ranges"),
-        indices=field("indices") if kept else None,
-        values=field("values") if kept else None,
-        key=key,
-    )
-
-
-def _unpack(state: MicroAdamState, tree: Any) -> list[_states.LeafState]:
-    """The inverse of `_pack`."""
-    fields = (getattr(state, name) for name in _states.LeafState._fields)
-    absent = [None] * tree.num_leaves
-    columns = [absent if x is None else tree.flatten_up_to(x) for x in fields]
-    return [_states.LeafState(*row) for row in zip(*columns, strict=True)]
+    return [
+        x for x, leaf in zip(asked, leaves, strict=True) if not _states.is_masked(leaf)
+    ]

@@ -1,21 +1,25 @@
 """The optimizer state: what is kept of a leaf, and in which shapes."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from microadam_optax import _specs
-from microadam_optax._blocks import Layout, block_of
+from microadam_optax._blocks import Layout
 
 
 class MicroAdamState(NamedTuple):
     """State of `scale_by_microadam`.
 
-    Every field but `count`, `ages` and `key` is a tree like the parameters. The arrays of
-    a leaf lead with its grid, so its PartitionSpec is valid for each of them.
+    Every field but `count`, `ages` and `key` is a tree like the parameters. A leaf is
+    either compressed or dense, and where a field has nothing of it stands an
+    `optax.MaskedNode`. The arrays of a compressed leaf lead with its grid, so its
+    PartitionSpec is valid for each of them.
 
     Attributes:
       count: int32 scalar, steps done.
@@ -28,6 +32,9 @@ class MicroAdamState(NamedTuple):
         ``(*grid, blocks, (window - 1) * k)``: positions of the window's entries in
         their block. None at window 1.
       values: bfloat16, those entries, like `indices`.
+      mu: a dense leaf's first moment, as `optax.scale_by_adam` keeps it: in the shape and
+        dtype of the leaf.
+      nu: its second moment, like `mu`.
       key: raw PRNG key (uint32) for stochastic rounding, else None.
     """
 
@@ -37,6 +44,8 @@ class MicroAdamState(NamedTuple):
     ranges: Any
     indices: Any
     values: Any
+    mu: Any
+    nu: Any
     key: jax.Array | None
 
 
@@ -57,12 +66,58 @@ class Settings(NamedTuple):
 
 
 class LeafState(NamedTuple):
-    """The fields of `MicroAdamState` for one leaf: its arrays, or their shapes."""
+    """The fields of `MicroAdamState` for a compressed leaf: arrays, or their shapes."""
 
     codes: Any
     ranges: Any
     indices: Any
     values: Any
+
+
+class Moments(NamedTuple):
+    """The fields of `MicroAdamState` for a dense leaf."""
+
+    mu: Any
+    nu: Any
+
+
+def pack(
+    count: jax.Array,
+    ages: Any,
+    key: Any,
+    leaves: Sequence[LeafState | Moments],
+    tree: Any,
+) -> MicroAdamState:
+    """The states of all leaves as one, each field a tree like the parameters."""
+
+    def field(name: str) -> Any:
+        return tree.unflatten(getattr(x, name, optax.MaskedNode()) for x in leaves)
+
+    names = [*LeafState._fields, *Moments._fields]
+    fields = {name: field(name) for name in names}
+    if ages is None:
+        fields |= {"indices": None, "values": None}
+    return MicroAdamState(count=count, ages=ages, key=key, **fields)
+
+
+def unpack(state: MicroAdamState, tree: Any) -> list[LeafState | Moments]:
+    """The inverse of `pack`."""
+
+    def columns(names: tuple[str, ...]) -> Any:
+        fields = (getattr(state, name) for name in names)
+        absent = [None] * tree.num_leaves
+        found = [absent if x is None else tree.flatten_up_to(x) for x in fields]
+        return zip(*found, strict=True)
+
+    compressed, dense = columns(LeafState._fields), columns(Moments._fields)
+    return [
+        LeafState(*blocks) if is_masked(moments[0]) else Moments(*moments)
+        for blocks, moments in zip(compressed, dense, strict=True)
+    ]
+
+
+def is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
 
 
 def shapes(at: Layout, settings: Settings) -> LeafState:
@@ -91,37 +146,6 @@ def zeros(at: Layout, settings: Settings, sharding: Any = None) -> LeafState:
     slots = np.tile(np.arange(settings.k(at.block), dtype=dtype), settings.window - 1)
     indices = array(of.indices, dtype) + slots
     return LeafState(codes, ranges, indices, array(of.values, jnp.bfloat16))
-
-
-class Form(NamedTuple):
-    """What the shapes of a leaf's state tell of how it was made."""
-
-    window: int
-    bits: int
-    block: int  # elements in a block, at most `block_size`
-    k: int | None  # entries selected in a block; None at window 1
-    grid: tuple[int, ...]
-
-
-def form_of(shape: tuple[int, ...], state: LeafState, window: int) -> Form | None:
-    """The form of a state given as shapes; None if it is not that of such a leaf."""
-    if any(x is not None and len(x) != len(shape) + 2 for x in state):
-        return None
-    *grid, blocks, width = state.codes
-    divides = all(n and size % n == 0 for size, n in zip(shape, grid, strict=True))
-    kept = state.indices is not None
-    if not divides or not blocks or kept != (window > 1):
-        return None
-    block = block_of(Layout(shape, tuple(grid), blocks, 0).cell, blocks)
-    bits, rest = divmod(width * 8, block)
-    k = None
-    if kept:
-        k, no_k = divmod(state.indices[-1], window - 1)
-        rest += no_k
-    form = Form(window, bits, block, k, tuple(grid))
-    settings = Settings(window, (k or 1) / block, 0, bits, 0.0)
-    at = Layout(shape, form.grid, blocks, block)
-    return form if not rest and state == shapes(at, settings) else None
 
 
 def index_dtype(block: int) -> Any:

@@ -124,7 +124,7 @@ def update_of(form: Form, implementation: str = "xla") -> Any:
     def update(gradient, state, decays):
         b1, b2, eps = decays
         tx = scale_by_microadam(
-            b1, b2, eps, implementation=implementation, **form.arguments
+            b1, b2, eps, implementation=implementation, dense=None, **form.arguments
         )
         return tx.update(gradient, state)
 
@@ -176,7 +176,7 @@ def in_a_tree(form: Form, decays: Any, gradients: list[jax.Array]) -> Any:
         return {"a": x, "b": (x, jnp.ones((3, 40), jnp.bfloat16))}
 
     b1, b2, eps = decays
-    tx = scale_by_microadam(b1, b2, eps, **form.arguments)
+    tx = scale_by_microadam(b1, b2, eps, **form.arguments, dense=None)
     update, state = jax.jit(tx.update), tx.init(tree(gradients[0]))
     found, state = run(update, state, [tree(x) for x in gradients])
     fields = (getattr(state, x) for x in ("codes", "ranges", "indices", "values"))
@@ -196,7 +196,7 @@ def sharded(form: Form, update: Any, state: Any, gradients: list[jax.Array]) -> 
     spec = P(*(("x" if i == axis else None) for i in range(len(form.shape))))
     place = jax.NamedSharding(mesh, spec)
     gradients = [jax.device_put(x, place) for x in gradients]
-    tx = scale_by_microadam(**form.arguments)
+    tx = scale_by_microadam(**form.arguments, dense=None)
     places = state_shardings(tx, gradients[0])
     jitted = jax.jit(update, out_shardings=(place, places))
     return run(jitted, jax.device_put(state, places), gradients)
@@ -221,7 +221,7 @@ def check(seed: int, cases: int = CASES) -> dict[str, Any]:
 
 
 def _check(rng: np.random.Generator, form: Form, cases: int) -> dict[str, Any]:
-    tx = scale_by_microadam(**form.arguments)
+    tx = scale_by_microadam(**form.arguments, dense=None)
     start = tx.init(jnp.zeros(form.shape, form.dtype))
     compiled = jax.jit(update_of(form))
     seed = form.arguments["seed"] if form.arguments["stochastic_rounding"] else None

@@ -52,7 +52,7 @@ def error_of(state: Any, bits: int = 4) -> jax.Array:
 
 
 def make(setting: str) -> optax.GradientTransformation:
-    return scale_by_microadam(**SETTINGS[setting], shards=1)
+    return scale_by_microadam(**SETTINGS[setting], shards=1, dense=None)
 
 
 def error_norms(setting: str, steps: int) -> dict[str, float]:
@@ -186,7 +186,7 @@ def rates(lengths: tuple[int, ...] = LENGTHS, seeds: int = SEEDS) -> dict[str, A
     """The running mean by number of steps, and the slope of their logarithms."""
     optimizers: dict[str, tuple[Callable, float]] = {"Adam": (optax.adam, 1.0)}
     for name, settings in SETTINGS.items():
-        made = functools.partial(microadam, **settings, shards=1)
+        made = functools.partial(microadam, **settings, shards=1, dense=None)
         optimizers[f"MicroAdam {name}"] = (made, 1.0)
     found = {}
     for name, (tx_of, rate) in tqdm(optimizers.items(), desc="rates"):

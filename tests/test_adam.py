@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from microadam_optax import microadam, scale_by_microadam
+from compressed import microadam, scale_by_microadam
 
 # optax computes 1 - b2**t in float32, which for b2 = 0.999 cancels all but about 14
 # of its 24 bits: a relative error of up to 2**-24 / (1 - b2), halved by the root.

@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from microadam_optax import check_checkpoint, microadam, state_shardings
+from compressed import microadam
+from microadam_optax import check_checkpoint, state_shardings
 
 SHAPES = {"up": (32, 1376), "heads": (64, 8, 64), "bias": (512,)}
 SPECS = {"up": P("fsdp", "tp"), "heads": P("fsdp", "tp"), "bias": P("tp")}

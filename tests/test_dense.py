@@ -3,19 +3,21 @@
 import functools
 
 import chex
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+import microadam_optax as package
+from compressed import microadam, scale_by_microadam
 from microadam_optax import (
-    STATIC_ARGS,
     check_checkpoint,
+    diagnostics,
     matching,
-    microadam,
-    scale_by_microadam,
     smaller_than,
+    static_args,
 )
 
 PARAMS = {
@@ -91,11 +93,13 @@ def test_all_or_none(answer):
 
 def test_the_state_holds_each_leaf_once():
     tx = microadam(1.0, dense=not_kernels, **SETTINGS)
-    state = jax.eval_shape(tx.init, PARAMS)[0].inner_states
-    codes = state["compressed"].inner_state.codes
-    assert [x.size for x in jax.tree.leaves(codes)] == [32 * 96 // 2] * 2
-    moments = jax.tree.leaves(state["dense"].inner_state.mu)
-    assert sorted(x.size for x in moments) == [1, 96, 96, 64 * 32]
+    state = jax.eval_shape(tx.init, PARAMS)[0]
+    assert [x.size for x in jax.tree.leaves(state.codes)] == [32 * 96 // 2] * 2
+    for moments in (state.mu, state.nu):
+        assert sorted(x.size for x in jax.tree.leaves(moments)) == [1, 96, 96, 64 * 32]
+    for field in (state.codes, state.ranges, state.indices, state.values):
+        assert isinstance(field["embed"], optax.MaskedNode)
+    assert isinstance(state.mu["blocks"][0]["kernel"], optax.MaskedNode)
 
 
 @pytest.mark.promotes
@@ -115,8 +119,7 @@ def test_with_a_grid_and_a_mask():
     grid["scale"] = ()
     tx = scale_by_microadam(grid=grid, dense=WAYS["a tree"], **SETTINGS)
     seen, state = run(tx)
-    codes = state.inner_states["compressed"].inner_state.codes
-    assert codes["blocks"][0]["kernel"].shape[:2] == (2, 3)
+    assert state.codes["blocks"][0]["kernel"].shape[:2] == (2, 3)
     first = {"embed": True, "blocks": [True, False], "scale": True}
     mask = jax.tree.map(lambda x, tree: jax.tree.map(lambda _: x, tree), first, PARAMS)
     inside, _ = run(optax.masked(tx, mask))
@@ -129,7 +132,7 @@ def test_with_a_grid_and_a_mask():
 
 @pytest.mark.promotes
 def test_hyperparameters():
-    inject = optax.inject_hyperparams(microadam, static_args=STATIC_ARGS)
+    inject = optax.inject_hyperparams(microadam, static_args=static_args(microadam))
     injected, state = run(inject(learning_rate=0.1, dense=smaller_than(3000)))
     plain, _ = run(microadam(0.1, dense=smaller_than(3000)))
     # As float32, 1 - b2 is off by 2**-25 / 0.001, its root is in the update; and the
@@ -139,17 +142,153 @@ def test_hyperparameters():
     assert "dense" not in state.hyperparams
 
 
+@pytest.mark.parametrize("make", [package.microadam, package.scale_by_microadam])
+def test_by_default_small_leaves_are_dense(make):
+    params = {"small": jnp.zeros(4095), "large": jnp.zeros(4096)}
+    arguments = {"learning_rate": 0.1} if make is package.microadam else {}
+    state = optax.tree.get(jax.eval_shape(make(**arguments).init, params), "mu")
+    assert state["small"].shape == (4095,)
+    assert isinstance(state["large"], optax.MaskedNode)
+    paper = jax.eval_shape(make(**arguments, **package.PAPER).init, params)
+    assert optax.tree.get(paper, "codes")["small"].shape
+
+
+@pytest.mark.parametrize("dense", [None, not_kernels, lambda *_: True])
+@pytest.mark.parametrize("window", [1, 2])
+def test_the_state_is_one_whatever_is_dense(dense, window):
+    """What reads or maps over states does not care which leaves are dense."""
+    tx = microadam(0.1, dense=dense, window=window)
+    state = tx.init(PARAMS)
+    assert isinstance(state[0], package.MicroAdamState)
+    assert optax.tree.get(state, "count") == 0
+    shapes = jax.eval_shape(tx.init, PARAMS)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, shapes)
+    check_checkpoint(shapes, tx, PARAMS)
+    ones = optax.tree.map_params(tx, jnp.ones_like, state)
+    assert ones[0].count == 0
+    for field in (*ones[0][2:6], ones[0].mu, ones[0].nu):
+        assert all((x == 1).all() for x in jax.tree.leaves(field))
+    step = jax.jit(tx.update)
+    updates, after = step(gradients(0), state, PARAMS)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, shapes)
+    step(gradients(1), after, PARAMS)
+    assert step._cache_size() == 1
+    if dense is not None and not dense((), jnp.zeros((32, 96))):
+        leaves = diagnostics(after, gradients(0), updates).leaves
+        assert set(leaves) == {"blocks/0/kernel", "blocks/1/kernel"}
+
+
+class Module(eqx.Module):
+    """A callable tree."""
+
+    weight: object
+    bias: object
+
+    def __call__(self, x):
+        return self.weight @ x + self.bias
+
+
+@pytest.mark.promotes
+def test_a_callable_tree_is_a_tree():
+    params = Module(jnp.ones((64, 96)), jnp.ones(64))
+    tx = scale_by_microadam(dense=Module(False, True))
+    state = tx.init(params)
+    assert state.mu.bias.shape == (64,)
+    assert isinstance(state.mu.weight, optax.MaskedNode)
+    tx.update(params, state)
+
+
+@pytest.mark.parametrize(
+    "dense", [lambda leaf: leaf.ndim < 2, lambda: True, lambda *, path: path]
+)
+def test_a_function_of_other_arguments(dense):
+    with pytest.raises(TypeError, match="a leaf's path and the leaf, such as `lambda"):
+        microadam(0.1, dense=dense)
+
+
+def test_a_pattern_that_matches_nothing():
+    tx = microadam(0.1, dense=matching("kernels"))
+    words = r"`dense=matching\('kernels'\)` matches no leaf; .* 'blocks/0/bias'"
+    with pytest.raises(ValueError, match=words):
+        tx.init(PARAMS)
+    tx.init({})
+
+
+@pytest.mark.promotes
+@pytest.mark.parametrize("make", [package.microadam, package.scale_by_microadam])
+def test_injected_functions_stay_functions(make):
+    """optax would take `dense` for a schedule, and `mask` too, which ends all decay."""
+    arguments = {"dense": not_kernels, "b1": 0.8}
+    if make is package.microadam:
+        mask = functools.partial(jax.tree.map, lambda x: x.ndim == 2)
+        arguments |= {"learning_rate": 0.1, "weight_decay": 0.5, "mask": mask}
+    params = jax.tree.map(jnp.ones_like, PARAMS)
+    still = jax.tree.map(jnp.zeros_like, params)
+    inject = optax.inject_hyperparams(make, static_args=static_args(make))
+    plain, injected = make(**arguments), inject(**arguments)
+    expected, _ = plain.update(still, plain.init(params), params)
+    updates, state = injected.update(still, injected.init(params), params)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+    if make is package.microadam:
+        assert expected["embed"][0, 0] == pytest.approx(-0.05)
+    assert not {"dense", "mask"} & set(state.hyperparams)
+
+
+def test_numbers_of_numpy_are_checked_like_pythons():
+    with pytest.raises(ValueError, match="`b2` must be a number in"):
+        scale_by_microadam(b2=np.float32(1.0))
+    tx = microadam(0.1, weight_decay=np.float32(0))
+    tx.update(PARAMS, tx.init(PARAMS))  # without parameters
+
+
 def test_a_checkpoint_of_other_dense_leaves_is_refused():
     make = functools.partial(microadam, 1.0, **SETTINGS)
     tx = make(dense=smaller_than(3000))
     saved = jax.eval_shape(tx.init, PARAMS)
     check_checkpoint(saved, tx, PARAMS)
-    for other in (make(), make(dense=smaller_than(100))):
-        with pytest.raises(ValueError, match="The saved optimizer state has"):
+    names = r"names \['blocks'\]\[0\]\['bias'\], .*, but the `dense`"
+    for other, words in [
+        (make(), names + r".* lacks \['blocks'\]\[0\]\['bias'\]"),
+        (make(dense=smaller_than(10**6)), names + r".* names .*\['kernel'\]"),
+    ]:
+        with pytest.raises(ValueError, match=words):
             check_checkpoint(saved, other, PARAMS)
     longer = microadam(1.0, window=3, density=0.06, dense=smaller_than(3000))
     with pytest.raises(ValueError, match=r"\['kernel'\] was made with `window` 2"):
         check_checkpoint(saved, longer, PARAMS)
+    with pytest.raises(ValueError, match=r"made with `dense=None`, .* names"):
+        check_checkpoint(jax.eval_shape(make().init, PARAMS), tx, PARAMS)
+
+
+def test_a_state_of_other_dense_leaves_is_refused():
+    whole, some = scale_by_microadam(), scale_by_microadam(dense=not_kernels)
+    with pytest.raises(ValueError, match=r"compressed, but `dense` names .*\(None"):
+        some.update(PARAMS, whole.init(PARAMS))
+    with pytest.raises(ValueError, match="dense, but `dense` lacks"):
+        whole.update(PARAMS, some.init(PARAMS))
+
+
+def test_what_version_0_1_made_is_refused():
+    """A partition with `dense`, and without it a state that compresses all leaves."""
+
+    def label(params):
+        leaves = jax.tree_util.tree_map_with_path(not_kernels, params)
+        return jax.tree.map(lambda x: "dense" if x else "compressed", leaves)
+
+    parts = {"compressed": scale_by_microadam(), "dense": optax.scale_by_adam()}
+    old = optax.chain(optax.partition(parts, label), optax.scale(-0.1))
+    tx = optax.chain(scale_by_microadam(dense=not_kernels), optax.scale(-0.1))
+    words = r"\(`inner_states`\), .* names blocks/0/bias and 3 more"
+    with pytest.raises(ValueError, match=words):
+        check_checkpoint(jax.eval_shape(old.init, PARAMS), tx, PARAMS)
+    with pytest.raises(TypeError, match=r"got a PartitionState: .* microadam_optax 0\.1"):
+        tx.update(PARAMS, old.init(PARAMS))
+
+
+def test_the_state_of_another_optimizer_is_refused():
+    params = {"w": jnp.ones(5000)}
+    with pytest.raises(TypeError, match="MicroAdamState, got a ScaleByAdamState"):
+        microadam(0.1).update(params, optax.adamw(0.1).init(params), params)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from microadam_optax import microadam
+from compressed import microadam
 
 STEPS = 8
 TX = microadam(1e-2, window=3, density=0.06)

@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from compressed import microadam, scale_by_microadam
 from meshes import make_mesh
-from microadam_optax import diagnostics, microadam, scale_by_microadam, smaller_than
+from microadam_optax import diagnostics, smaller_than
 
 SHAPES = {"w": (6, 200), "odd": (13,), "b": (3, 5, 40)}
 SETTINGS = {"window": 4, "density": 0.05}

@@ -1,5 +1,7 @@
 """Bad input: one sentence, before anything is computed, and no state is changed."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from microadam_optax import check_checkpoint, microadam, scale_by_microadam
+from compressed import microadam, scale_by_microadam
+from microadam_optax import check_checkpoint
 
 OUT_OF_RANGE = [
     ("window", 0),
@@ -70,7 +73,7 @@ def test_an_array_names_static_args(name, kind):
 
 def test_inject_hyperparams_without_static_args_says_what_to_do():
     tx = optax.inject_hyperparams(microadam)(learning_rate=0.1)
-    with pytest.raises(TypeError, match=r"static_args=microadam_optax\.STATIC_ARGS"):
+    with pytest.raises(TypeError, match=r"static_args=microadam_optax\.static_args"):
         tx.init(jnp.ones(3))
 
 
@@ -98,7 +101,7 @@ def test_a_leaf_that_is_no_array():
         ([3, 3], r"there is no gradient for \['a'\]"),
         (
             {"a": 4, "b": 40},
-            r"\['b'\] is not that of a gradient of shape \(40,\)",
+            r"\['b'\] is that of a leaf of shape \(8,\) .* shape \(40,\)",
         ),
     ],
 )
@@ -156,8 +159,39 @@ def test_checkpoints_of_other_grids_chains_and_trees():
         check_checkpoint(saved, tx, {**tree, "c": jnp.ones(3)})
     with pytest.raises(ValueError, match=r"array at codes/z, .* has none"):
         check_checkpoint(saved, tx, {"w": tree["w"]})
-    with pytest.raises(ValueError, match=r"\(1, 1, 4\) at codes/z, .* \(8, 1, 64\)"):
+    with pytest.raises(ValueError, match=r"\['z'\] is that of .* \(8,\) .* \(1024,\)"):
         check_checkpoint(saved, tx, {"w": tree["w"], "z": jnp.ones(1024)})
+
+
+@pytest.mark.parametrize(
+    ("before", "said", "after", "window"),
+    [  # another width, vocabulary, number of layers; padded or not
+        ((512, 256), (512, 256), (512, 512), 2),
+        ((512, 256), (512, 256), (768, 256), 2),
+        ((512, 256), (512, 256), (768, 1024), 2),
+        ((4, 64, 192), (4, 64, 192), (6, 64, 192), 1),
+        ((8192,), (8192,), (4096,), 1),
+        ((50257, 128), (50258, 128), (50304, 128), 2),
+        ((4, 1000), (4, 1024), (4, 2000), 2),
+    ],
+)
+def test_a_gradient_of_another_shape(before, said, after, window):
+    """Both shapes are named, not the settings that the state would need to fit."""
+    tx = scale_by_microadam(window=window)
+    params, gradients = ({"w": jnp.ones(shape)} for shape in (before, after))
+    made, given = re.escape(str(said)), re.escape(str(after))
+    words = rf"\['w'\] is that of a leaf of shape {made} .*, but .* {given}\.$"
+    with pytest.raises(ValueError, match=words):
+        tx.update(gradients, tx.init(params))
+    with pytest.raises(ValueError, match=words):
+        check_checkpoint(jax.eval_shape(tx.init, params), tx, gradients)
+
+
+def test_where_shape_and_settings_cannot_be_told_apart():
+    tx = scale_by_microadam(window=1)
+    params = {"w": jnp.ones((512, 256))}
+    with pytest.raises(ValueError, match=r"`error_bits` 2, .* or .* \(512, 256\)"):
+        tx.update({"w": jnp.ones((512, 512))}, tx.init(params))
 
 
 def test_a_gradient_of_another_rank():

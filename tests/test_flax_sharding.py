@@ -9,8 +9,9 @@ from jax.sharding import PartitionSpec as P
 
 import sharded_linen
 import sharded_nnx
+from compressed import microadam
 from meshes import make_mesh
-from microadam_optax import microadam, shard_grid, state_shardings
+from microadam_optax import shard_grid, state_shardings
 
 NAMES = ("fsdp", "tp")
 

@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from microadam_optax import PAPER, microadam, scale_by_microadam
+from compressed import microadam, scale_by_microadam
+from microadam_optax import PAPER
 
 SETTINGS = {
     "paper": PAPER,

@@ -15,9 +15,10 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 import microadam_optax
+from compressed import scale_by_microadam
 from kernel_cases import BF16, CASES, F16, F32, gradients
 from meshes import cases_on, collectives, make_mesh
-from microadam_optax import _implementation, scale_by_microadam, state_shardings
+from microadam_optax import _implementation, state_shardings
 from microadam_optax._kernels import gpu
 
 INTERPRETED = tuple(_implementation.INTERPRETED)

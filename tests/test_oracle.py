@@ -10,7 +10,8 @@ import pytest
 
 import following
 import oracle
-from microadam_optax import PAPER, scale_by_microadam
+from compressed import scale_by_microadam
+from microadam_optax import PAPER
 
 pytestmark = pytest.mark.usefixtures("strict")
 

@@ -11,15 +11,8 @@ import pytest
 from hypothesis import example, given, settings
 from jax import lax
 
-from microadam_optax import (
-    _blocks,
-    _chunks,
-    _moments,
-    _quantize,
-    _topk,
-    _window,
-    scale_by_microadam,
-)
+from compressed import scale_by_microadam
+from microadam_optax import _blocks, _chunks, _moments, _quantize, _topk, _window
 
 pytestmark = pytest.mark.usefixtures("strict")
 

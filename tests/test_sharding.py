@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from compressed import scale_by_microadam
 from meshes import (
     CASES,
     CASES_ON,
@@ -20,13 +21,7 @@ from meshes import (
     shardings_of,
     zeros,
 )
-from microadam_optax import (
-    PAPER,
-    _chunks,
-    scale_by_microadam,
-    shard_grid,
-    state_shardings,
-)
+from microadam_optax import PAPER, _chunks, shard_grid, state_shardings
 
 STEPS = 20
 SETTINGS = {

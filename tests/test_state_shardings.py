@@ -10,15 +10,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from compressed import microadam, scale_by_microadam
 from meshes import assert_placed, collectives, make_mesh, shardings_of, zeros
 from microadam_optax import (
-    STATIC_ARGS,
     MicroAdamState,
-    microadam,
-    scale_by_microadam,
     shard_grid,
     smaller_than,
     state_shardings,
+    static_args,
 )
 
 SPECS = {"w": P("fsdp", "tp"), "b": P("tp"), "tiny": P("fsdp"), "scalar": P()}
@@ -46,9 +45,9 @@ CHAINS = {
         {True: microadam(0.1), False: optax.adam(0.1)}, only_w
     ),
     "dense where small": microadam(0.1, dense=smaller_than(2000)),
-    "with hyperparameters": optax.inject_hyperparams(microadam, static_args=STATIC_ARGS)(
-        learning_rate=0.1
-    ),
+    "with hyperparameters": optax.inject_hyperparams(
+        microadam, static_args=static_args(microadam)
+    )(learning_rate=0.1),
     "finite only": optax.apply_if_finite(microadam(0.1), 3),
     "beside momentum": optax.chain(microadam(0.1), optax.trace(0.9)),
 }

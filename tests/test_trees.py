@@ -14,7 +14,8 @@ from flax import nnx
 from flax.core import FrozenDict
 
 import microadam_optax
-from microadam_optax import PAPER, microadam, scale_by_microadam
+from compressed import microadam, scale_by_microadam
+from microadam_optax import PAPER
 
 SETTINGS = {
     "paper": PAPER,

@@ -43,7 +43,7 @@ STEPS, BEGIN = 900, 300  # of training, of which the first are not looked at
 
 
 def transformation(window: int, density: float) -> optax.GradientTransformation:
-    return scale_by_microadam(window=window, density=density)
+    return scale_by_microadam(window=window, density=density, dense=None)
 
 
 def moves(tx: optax.GradientTransformation) -> list[float]:

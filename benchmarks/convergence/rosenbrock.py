@@ -51,11 +51,11 @@ OPTIMIZERS = {
         3e-3,
     ),
     "MicroAdam, window 10, 1 of 2 entries": (
-        lambda rate: microadam(rate, window=10, density=0.125),
+        lambda rate: microadam(rate, window=10, density=0.125, dense=None),
         3e-4,
     ),
     "MicroAdam, window 2, 1 of 2 entries": (
-        lambda rate: microadam(rate, window=2, density=0.125),
+        lambda rate: microadam(rate, window=2, density=0.125, dense=None),
         3e-4,
     ),
 }
