@@ -8,12 +8,12 @@ import sys
 import jax
 import optax
 
-from microadam_optax import scale_by_microadam
+from microadam_optax import PAPER, scale_by_microadam
 
-SETTINGS = {
-    "(10, 1 %)": {"window": 10, "density": 0.01},
-    "(2, 6 %)": {"window": 2, "density": 0.06},
-    "(1, 12 %)": {"window": 1, "density": 0.12},
+SETTINGS = {  # (window, density); the first is the default
+    "(2, 6 %)": {},
+    "(1, 25 %)": {"window": 1, "density": 0.25},
+    "(10, 1 %), all compressed": PAPER,
 }
 
 

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import microadam_optax
 import sharded_linen
 import sharded_nnx
 from compressed import microadam
@@ -46,13 +48,31 @@ def test_linen_boxes():
     assert places[0].codes["kernel"].value.spec == P("tp", "fsdp")
 
 
+def test_dense_leaves_keep_their_metadata():
+    mesh, tx = make_mesh("fsdp 4, tp 2"), microadam_optax.microadam(0.1)
+    params = {"kernel": boxed("fsdp", "tp"), "bias": boxed("tp")}
+    state = jax.eval_shape(tx.init, params)
+    places = state_shardings(tx, params, nn.get_sharding(params, mesh))[0]
+    for tree in (nn.get_partition_spec(state)[0], places):
+        for moments in (tree.mu, tree.nu):
+            bias = moments["bias"]
+            assert getattr(bias, "value", bias) in (P("tp"), NamedSharding(mesh, P("tp")))
+    assert jax.tree.leaves(state[0].codes["bias"]) == []
+    assert jax.tree.leaves(state[0].mu["kernel"]) == []
+
+
 def test_linen_example():
     params, state, losses = sharded_linen.train(30)
     assert losses[-1] < 0.7 * losses[0]
-    tx, own = microadam(1e-3), jax.tree.map(lambda x: x.sharding, params)
+    tx = microadam_optax.microadam(1e-3)  # the example's: biases are dense
+    own = jax.tree.map(lambda x: x.sharding, params)
     places = state_shardings(tx, params, own)
     for x, at in zip(jax.tree.leaves(state), jax.tree.leaves(places), strict=True):
         assert x.sharding.is_equivalent_to(at, x.ndim)
+    assert (
+        state[0].mu["Dense_0"]["bias"].value.shape
+        == params["Dense_0"]["bias"].value.shape
+    )
     kernel = state[0].codes["Dense_0"]["kernel"].value
     assert kernel.addressable_shards[0].data.size * 8 == kernel.size
 
@@ -60,13 +80,16 @@ def test_linen_example():
 def test_nnx_example():
     _, optimizer, losses = sharded_nnx.train(30)
     assert losses[-1] < 0.7 * losses[0]
-    for field in ("codes", "ranges", "indices", "values"):
-        tree = getattr(optimizer.opt_state[0], field)
-        for leaf, spec in [
+    own = optimizer.opt_state[0]
+    for field in ("codes", "ranges", "indices", "values", "mu", "nu"):
+        tree = getattr(own, field)
+        leaves = [
             (tree["up"]["kernel"], P("fsdp", "tp")),
             (tree["down"]["kernel"], P("tp", "fsdp")),
-            (tree["up"]["bias"], P("tp")),
-        ]:
+        ]
+        if field in ("mu", "nu"):
+            leaves = [(tree["up"]["bias"], P("tp"))]  # a dense one
+        for leaf, spec in leaves:
             array = leaf[...]
             assert leaf.get_metadata()["out_sharding"] == tuple(spec)
             assert array.sharding.spec[: len(spec)] == tuple(spec)

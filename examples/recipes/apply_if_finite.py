@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 import digits
-from microadam_optax import microadam, smaller_than
+from microadam_optax import microadam
 
 STEPS, BAD = 300, 100
 
@@ -19,7 +19,7 @@ STEPS, BAD = 300, 100
 def main() -> tuple[float, bool]:
     """Test accuracy, and whether the bad step left everything as it was."""
     train_images, test_images, train_labels, test_labels = digits.load()
-    inner = microadam(2e-3, window=2, density=0.12, dense=smaller_than(256))
+    inner = microadam(2e-3)
     tx = optax.apply_if_finite(inner, max_consecutive_errors=5)
     params = digits.init()
     state = tx.init(params)

@@ -49,7 +49,7 @@ def main() -> tuple[float, float]:
     train_images, test_images, train_labels, test_labels = digits.load()
     tx = optax.chain(
         optax.contrib.differentially_private_aggregate(CLIP, NOISE, jax.random.key(0)),
-        scale_by_microadam(window=2, density=0.12),
+        scale_by_microadam(),
         optax.scale_by_learning_rate(optax.cosine_decay_schedule(2e-3, STEPS)),
     )
     params = digits.init()

@@ -8,7 +8,7 @@ import jax
 import optax
 
 import digits
-from microadam_optax import matching, microadam
+from microadam_optax import microadam
 
 STEPS = 300
 
@@ -17,7 +17,7 @@ def main() -> float:
     train_images, test_images, train_labels, test_labels = digits.load()
     schedule = optax.cosine_decay_schedule(4e-3, STEPS)
     model = eqx.nn.MLP(64, 10, width_size=128, depth=1, key=jax.random.key(0))
-    tx = microadam(schedule, window=2, density=0.12, dense=matching("bias"))
+    tx = microadam(schedule)
     state = tx.init(eqx.filter(model, eqx.is_inexact_array))
 
     @eqx.filter_jit

@@ -9,7 +9,7 @@ import jax
 import optax
 
 import digits
-from microadam_optax import microadam, smaller_than, static_args
+from microadam_optax import microadam, static_args
 
 STEPS = 300
 
@@ -18,7 +18,7 @@ def main() -> float:
     train_images, test_images, train_labels, test_labels = digits.load()
     # What shapes the state stays a Python number: `static_args` names those arguments.
     make = optax.inject_hyperparams(microadam, static_args=static_args(microadam))
-    tx = make(learning_rate=4e-3, window=2, density=0.12, dense=smaller_than(256))
+    tx = make(learning_rate=4e-3)
     params = digits.init()
     state = tx.init(params)
 

@@ -11,7 +11,7 @@ from flax import linen
 from flax.training.train_state import TrainState
 
 import digits
-from microadam_optax import matching, microadam
+from microadam_optax import microadam
 
 STEPS = 300
 
@@ -32,7 +32,7 @@ def main() -> float:
     training = TrainState.create(
         apply_fn=model.apply,
         params=model.init(jax.random.key(0), train_images[:1])["params"],
-        tx=microadam(schedule, window=2, density=0.12, dense=matching("bias")),
+        tx=microadam(schedule),
     )
 
     @functools.partial(jax.jit, donate_argnums=0)

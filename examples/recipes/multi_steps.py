@@ -9,7 +9,7 @@ import jax
 import optax
 
 import digits
-from microadam_optax import microadam, smaller_than
+from microadam_optax import microadam
 
 STEPS, EVERY = 600, 4
 
@@ -18,7 +18,7 @@ def main() -> float:
     train_images, test_images, train_labels, test_labels = digits.load()
     # The schedule counts steps of the optimizer, a fourth of those of the loop.
     schedule = optax.cosine_decay_schedule(4e-3, STEPS // EVERY)
-    inner = microadam(schedule, window=2, density=0.12, dense=smaller_than(256))
+    inner = microadam(schedule)
     tx = optax.MultiSteps(inner, EVERY)
     params = digits.init()
     state = tx.init(params)

@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 
 import digits
-from microadam_optax import matching, microadam
+from microadam_optax import microadam
 
 STEPS = 300
 
@@ -28,7 +28,7 @@ def main() -> float:
     train_images, test_images, train_labels, test_labels = digits.load()
     schedule = optax.cosine_decay_schedule(4e-3, STEPS)
     model = Model(nnx.Rngs(0))
-    tx = microadam(schedule, window=2, density=0.12, dense=matching("bias"))
+    tx = microadam(schedule)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     @nnx.jit

@@ -11,7 +11,7 @@ import optax
 import orbax.checkpoint as ocp
 
 import digits
-from microadam_optax import check_checkpoint, microadam, smaller_than
+from microadam_optax import check_checkpoint, microadam
 
 STEPS, SAVED = 200, 80
 
@@ -20,7 +20,7 @@ def main(folder: pathlib.Path | None = None) -> tuple[float, bool]:
     """Test accuracy, and whether both ways end with the same bits."""
     train_images, test_images, train_labels, test_labels = digits.load()
     schedule = optax.cosine_decay_schedule(4e-3, STEPS)
-    tx = microadam(schedule, window=3, density=0.04, dense=smaller_than(256))
+    tx = microadam(schedule)
     stream = list(digits.batches(train_images, train_labels, STEPS))
 
     @jax.jit

@@ -9,7 +9,7 @@ import jax
 import optax
 
 import digits
-from microadam_optax import microadam, smaller_than
+from microadam_optax import microadam
 
 STEPS = 300
 
@@ -17,7 +17,7 @@ STEPS = 300
 def main() -> float:
     train_images, test_images, train_labels, test_labels = digits.load()
     schedule = optax.cosine_decay_schedule(4e-3, STEPS)
-    tx = microadam(schedule, window=2, density=0.12, dense=smaller_than(256))
+    tx = microadam(schedule)
     params = digits.init()
     state = tx.init(params)
 
