@@ -3,10 +3,13 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from microadam_optax import _checks
 from microadam_optax._state import LeafState, MicroAdamState, form_of
+
+Names = tuple[str, ...]
 
 
 def check_checkpoint(saved: Any, tx: optax.GradientTransformation, params: Any) -> None:
@@ -23,7 +26,7 @@ def check_checkpoint(saved: Any, tx: optax.GradientTransformation, params: Any) 
 
     Raises:
       ValueError: another window, block size, number of bits, density or grid, with
-        both values; or an array is missing or has another shape.
+        both values; or an array is missing or has another shape or dtype.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -37,47 +40,64 @@ def check_checkpoint(saved: Any, tx: optax.GradientTransformation, params: Any) 
 transformation has `window` 2.
     """
     expected = jax.eval_shape(tx.init, params)
-    found, wanted = _shapes(saved), _shapes(expected)
+    found, wanted = _arrays(saved), _arrays(expected)
     nodes = jax.tree_util.tree_leaves_with_path(
         expected, is_leaf=lambda x: isinstance(x, MicroAdamState)
     )
     for prefix, node in nodes:
         if isinstance(node, MicroAdamState):
             for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-                here = (_checks.key(prefix), _checks.key(path))
-                _check_leaf(path, tuple(leaf.shape), here, found, wanted)
-    for key, shape in wanted.items():
-        if found.get(key) != shape:
-            raise ValueError(
-                f"The saved optimizer state has {found.get(key, 'nothing')} at {key}, "
-                f"where this transformation has an array of shape {shape}."
-            )
-    extra = next((key for key in found if key not in wanted), None)
+                _check_leaf(path, jnp.shape(leaf), _names(prefix), found, wanted)
+    for at, array in wanted.items():
+        if at not in found:
+            have, need = "nothing", f"an array of shape {array.shape}"
+        elif found[at].shape != array.shape:
+            have, need = found[at].shape, f"an array of shape {array.shape}"
+        elif found[at].dtype != array.dtype:
+            have, need = found[at].dtype.name, array.dtype.name
+        else:
+            continue
+        raise ValueError(
+            f"The saved optimizer state has {have} at {'/'.join(at)}, where this "
+            f"transformation has {need}."
+        )
+    extra = next((at for at in found if at not in wanted), None)
     if extra is not None:
         raise ValueError(
-            f"The saved optimizer state has an array at {extra}, where this "
+            f"The saved optimizer state has an array at {'/'.join(extra)}, where this "
             "transformation has none."
         )
 
 
-def _check_leaf(path: Any, shape: tuple[int, ...], here: tuple, found, wanted) -> None:
-    """Compares what two sets of shapes tell of a leaf, if both tell something."""
+def _check_leaf(path: Any, shape: tuple[int, ...], prefix: Names, found, wanted) -> None:
+    """Compares what two sets of arrays tell of a leaf, if both tell something."""
     forms = []
-    for shapes in (found, wanted):
-        prefix, leaf = here
-        ages = shapes.get(_join(prefix, "ages"), (0,))
-        arrays = (shapes.get(_join(prefix, x, leaf)) for x in LeafState._fields)
-        state = LeafState(*arrays)
-        forms.append(form_of(shape, state, ages[0] + 1) if state.codes else None)
+    for arrays in (found, wanted):
+        ages = arrays.get((*prefix, "ages"))
+        of = (arrays.get((*prefix, x, *_names(path))) for x in LeafState._fields)
+        state = LeafState(*(None if x is None else x.shape for x in of))
+        window = 1 if ages is None else ages.size + 1
+        forms.append(form_of(shape, state, window) if state.codes else None)
     made, asked = forms
     if made and asked:
         _checks.check_form(path, made, asked)
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _arrays(tree: Any) -> dict[Names, jax.ShapeDtypeStruct]:
+    """The arrays as they are saved, by the names on their way."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {_checks.key(path): tuple(leaf.shape) for path, leaf in leaves}
+    return {_names(path): _as_saved(leaf) for path, leaf in leaves}
 
 
-def _join(*keys: str) -> str:
-    return "/".join(key for key in keys if key)
+def _as_saved(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Of a typed PRNG key its raw data, of a Python number the array it becomes."""
+    shape = tuple(leaf.shape) if hasattr(leaf, "shape") else jnp.shape(leaf)
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        return jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(shape, dtype))
+    return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype))
+
+
+def _names(path: Any) -> Names:
+    """A path without the types of its containers, of which a checkpoint keeps none."""
+    return tuple(jax.tree_util.keystr((x,), simple=True) for x in path)

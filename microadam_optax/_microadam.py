@@ -287,11 +287,10 @@ def _grids(grid: Any, params: Any) -> list[Any]:
     def masked(x: Any) -> bool:
         return isinstance(x, optax.MaskedNode)
 
-    tree: Any
-    leaves, tree = jax.tree.flatten(params, is_leaf=masked)
-    asked = [None] * len(leaves)
+    leaves = jax.tree.leaves(params, is_leaf=masked)
+    asked: list[Any] = [None] * len(leaves)
     if grid is not None and leaves:
-        asked = tree.flatten_up_to(grid)
+        asked = _checks.check_grids(params, grid)
     return [x for x, leaf in zip(asked, leaves, strict=True) if not masked(leaf)]
 
 
