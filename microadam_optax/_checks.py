@@ -113,7 +113,11 @@ def check_grid(path: Any, shape: tuple[int, ...], grid: Any) -> tuple[int, ...] 
     """A leaf's grid as a tuple; ValueError if it does not cut it into equal cells."""
     if grid is None:
         return None
-    if not _is_grid(grid) or len(grid) != len(shape) or any(map(operator.mod, shape, grid)):
+    if (
+        not _is_grid(grid)
+        or len(grid) != len(shape)
+        or any(map(operator.mod, shape, grid))
+    ):
         raise ValueError(
             f"`grid` of {name(path)} must be a tuple of positive divisors of its "
             f"shape {shape}, one an axis, got {grid!r}."
