@@ -45,8 +45,9 @@ def test_linen_boxes():
     assert places[0].codes["kernel"].value.spec == P("tp", "fsdp")
 
 
-def test_linen_example():
+def test_linen_example(capsys):
     params, state, losses = sharded_linen.train(30)
+    assert capsys.readouterr().err.startswith("compiling the training step ... ")
     assert losses[-1] < 0.7 * losses[0]
     tx, own = microadam(1e-3), jax.tree.map(lambda x: x.sharding, params)
     places = state_shardings(tx, params, own)
@@ -56,8 +57,9 @@ def test_linen_example():
     assert kernel.addressable_shards[0].data.size * 8 == kernel.size
 
 
-def test_nnx_example():
+def test_nnx_example(capsys):
     _, optimizer, losses = sharded_nnx.train(30)
+    assert capsys.readouterr().err.startswith("compiling the training step ... ")
     assert losses[-1] < 0.7 * losses[0]
     for field in ("codes", "ranges", "indices", "values"):
         tree = getattr(optimizer.opt_state[0], field)
