@@ -52,7 +52,7 @@ def check_picture(parser: Parser, option: str, file: pathlib.Path) -> None:
     known = sorted(FigureCanvasBase.get_supported_filetypes())
     if file.suffix[1:].lower() not in known:
         endings = ", ".join(known)
-        parser.error(f"{option}: {file} must end in one of {endings}, after a dot")
+        parser.error(f"{option}: {file} must end in a dot and one of {endings}")
     check_file(parser, option, file)
 
 

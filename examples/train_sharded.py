@@ -201,6 +201,12 @@ def use_cpu_devices(number: int) -> None:
     jax.config.update("jax_num_cpu_devices", number)
 
 
+def hush_gloo() -> None:
+    """Keeps what Gloo prints, from beside Python, out of the output."""
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -270,6 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
     if jax.config.jax_platforms in (None, "", "cpu"):
         use_cpu_devices(args.devices)
     if args.coordinator:
+        hush_gloo()
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(args.coordinator, args.hosts, args.host)
     try:

@@ -100,7 +100,7 @@ def test_embedded_text_and_its_unigram_loss():
         (["--plot", "no/loss.png"], "--plot: cannot write no/loss.png: No such file"),
         (["--plot", "empty.txt/loss.png"], "empty.txt/loss.png: Not a directory"),
         (["--plot", "folder.png"], "cannot write folder.png: Is a directory"),
-        (["--plot", "loss"], "--plot: loss must end in one of eps,"),
+        (["--plot", "loss"], "--plot: loss must end in a dot and one of "),
         (["--plot", "a.png", "--log-diagnostics"], "write a_health.png: Is a directory"),
     ],
 )
