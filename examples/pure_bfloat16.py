@@ -17,9 +17,10 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
+from command_line import Parser, add_quiet, compiling, positive
 from language_model import LanguageModel, mean_loss
 from microadam_optax import apply_updates_stochastic, lost_updates, microadam
-from train_lm import Parser, batches, evaluate, load_text, positive, split_text
+from train_lm import batches, evaluate, load_text, split_text
 
 RUNS = {
     "float32": (jnp.float32, False),
@@ -56,8 +57,12 @@ def train(args: argparse.Namespace, name: str, text: np.ndarray) -> tuple[float,
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     schedule = optax.cosine_decay_schedule(args.learning_rate, args.steps)
     tx = microadam(schedule, window=args.window, density=args.density)
-    step, opt_state = make_step(graph, tx, at_random), tx.init(params)
     stream, key, lost = batches(train_text, args), jax.random.key(args.seed), []
+    shape = jax.ShapeDtypeStruct((args.batch, args.length + 1), np.int32)
+    with compiling(f"the training step, {name}", args.quiet):
+        opt_state = jax.jit(tx.init)(params)
+        step = make_step(graph, tx, at_random)
+        step = step.lower(params, opt_state, shape, key).compile()
     for i in tqdm(range(args.steps), desc=name, unit="step", disable=args.quiet):
         key_now = jax.random.fold_in(key, i)
         params, opt_state, _, share = step(params, opt_state, next(stream), key_now)
@@ -79,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--window", type=positive(int), default=2)
     add("--density", type=positive(float), default=0.12)
     add("--seed", type=int, default=0)
-    add("--quiet", action="store_true", help="no progress bar")
+    add_quiet(parser)
     args = parser.parse_args(arguments)
     text = load_text([])
     for name in RUNS:

@@ -16,7 +16,9 @@ import optax
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
 
+from command_line import compiling
 from microadam_optax import microadam, state_shardings
 
 STEPS, BATCH, WIDTH = 60, 64, 64
@@ -68,9 +70,11 @@ def train(steps: int = STEPS):
 
     rows = NamedSharding(mesh, P("fsdp"))
     batch = jax.device_put((inputs, targets), rows)
+    with compiling("the training step"):
+        compiled = step.lower(params, state, *batch).compile()
     losses = []
-    for _ in range(steps):
-        params, state, loss = step(params, state, *batch)
+    for _ in tqdm(range(steps), unit="step"):
+        params, state, loss = compiled(params, state, *batch)
         losses.append(float(loss))
     return params, state, losses
 

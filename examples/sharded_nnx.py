@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
 
+from command_line import compiling
 from microadam_optax import microadam, shard_grid
 
 STEPS, BATCH, WIDTH = 60, 64, 64
@@ -63,7 +65,12 @@ def train(steps: int = STEPS):
         inputs = jax.random.normal(jax.random.key(0), (BATCH, WIDTH))
         targets = inputs @ jax.random.normal(jax.random.key(1), (WIDTH, WIDTH)) / 8
         batch = jax.device_put((inputs, targets), NamedSharding(mesh, P("fsdp")))
-        losses = [float(step(model, optimizer, *batch)) for _ in range(steps)]
+        with compiling("the training step"):
+            compiled = step.lower(model, optimizer, *batch).compile()
+        losses = [
+            float(compiled(model, optimizer, *batch))
+            for _ in tqdm(range(steps), unit="step")
+        ]
     return model, optimizer, losses
 
 

@@ -18,6 +18,7 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
+from command_line import Parser, add_quiet, check_picture, compiling, positive
 from language_model import LanguageModel, mean_loss
 from microadam_optax import Health, diagnostics, microadam
 from microadam_optax.memory import optimizer_bytes
@@ -130,24 +131,30 @@ def train(
     number = sum(leaf.size for leaf in jax.tree.leaves(params))
     bytes_here = optimizer_bytes(tx, params)
     bytes_adam = optimizer_bytes(optax.adam(1.0), params)
-    print(f"{len(text):,} bytes of text, {number:,} parameters, {jax.devices()[0]}")
-    print(
-        f"optimizer state: {args.optimizer} {bytes_here:,} bytes "
-        f"({bytes_here / number:.2f} a parameter), Adam {bytes_adam:,} "
-        f"({bytes_adam / number:.2f})"
-    )
-    unigram = unigram_loss(train_text, held_out)
-    step = make_step(graph, tx, healthy)
-    opt_state = jax.jit(tx.init)(params)
+    if not args.quiet:
+        print(
+            f"{len(text):,} bytes of text, {number:,} parameters, {jax.devices()[0]}\n"
+            f"optimizer state: {args.optimizer} {bytes_here:,} bytes "
+            f"({bytes_here / number:.2f} a parameter), Adam {bytes_adam:,} "
+            f"({bytes_adam / number:.2f})",
+            flush=True,
+        )
+    unigram, stream = unigram_loss(train_text, held_out), batches(train_text, args)
+    shape = jax.ShapeDtypeStruct((args.batch, args.length + 1), np.int32)
+    with compiling("the training step", args.quiet):
+        opt_state = jax.jit(tx.init)(params)
+        step = make_step(graph, tx, healthy)
+        step = step.lower(params, opt_state, shape).compile()
     held_out_loss = jax.jit(functools.partial(mean_loss, graph))
     curves: dict[str, list] = {"train": [], "validation": [], "unigram": [unigram]}
     curves["health"] = []
-    stream, every = batches(train_text, args), max(1, args.steps // EVALUATIONS)
-    began = time.perf_counter()
+    every, seconds = max(1, args.steps // EVALUATIONS), 0.0
     with tqdm(total=args.steps, unit="step", disable=args.quiet) as bar:
         for number in range(1, args.steps + 1):
+            began = time.perf_counter()
             params, opt_state, loss, found = step(params, opt_state, next(stream))
             curves["train"].append(float(loss))
+            seconds += time.perf_counter() - began  # of steps, without evaluations
             note = ""
             if found is not None:
                 curves["health"].append(jax.tree.map(float, found))
@@ -155,7 +162,7 @@ def train(
             if number % every == 0 or number == args.steps:
                 value = evaluate(held_out_loss, params, held_out, args.batch)
                 curves["validation"].append((number, value))
-            speed = number * args.batch * args.length / (time.perf_counter() - began)
+            speed = number * args.batch * args.length / seconds
             bar.set_postfix_str(f"loss {float(loss):.3f}, {speed:,.0f} tokens/s{note}")
             bar.update()
     last = curves["validation"][-1][1]
@@ -177,7 +184,6 @@ def plot(curves: dict[str, list], title: str, file: pathlib.Path) -> None:
     axes.set(xlabel="step", ylabel="loss (nats a byte)", title=title)
     axes.legend()
     figure.savefig(file, dpi=120)
-    print(f"loss curve: {file}")
 
 
 def plot_health(health: list[Health], file: pathlib.Path) -> None:
@@ -200,27 +206,6 @@ def plot_health(health: list[Health], file: pathlib.Path) -> None:
     for axes in all_axes.flat[len(known) :]:
         axes.remove()
     figure.savefig(file, dpi=120)
-    print(f"diagnostics: {file}")
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports an error in one line."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def positive(kind):
-    """A number of the given type above zero, for argparse."""
-
-    def convert(text: str):
-        number = kind(text)
-        if not number > 0:
-            raise ValueError(text)
-        return number
-
-    convert.__name__ = f"positive {kind.__name__}"
-    return convert
 
 
 def make_parser(description: str) -> Parser:
@@ -242,8 +227,7 @@ def make_parser(description: str) -> Parser:
     add("--error-bits", type=int, default=4)
     add("--alpha", type=float, default=0.0)
     add("--seed", type=int, default=0)
-    add("--plot", type=pathlib.Path, default=pathlib.Path("train_lm.png"))
-    add("--quiet", action="store_true", help="no progress bar")
+    add_quiet(parser)
     return parser
 
 
@@ -264,6 +248,8 @@ def check(args: argparse.Namespace, parser: Parser) -> np.ndarray:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser(__doc__.splitlines()[0])
+    default = pathlib.Path("train_lm.png")
+    parser.add_argument("--plot", type=pathlib.Path, default=default, metavar="FILE")
     parser.add_argument(
         "--log-diagnostics",
         action="store_true",
@@ -273,11 +259,18 @@ def main(arguments: list[str] | None = None) -> int:
     if args.log_diagnostics and args.optimizer != "microadam":
         parser.error("--log-diagnostics is for --optimizer microadam")
     text = check(args, parser)
+    files = {"loss curve": args.plot}
+    if args.log_diagnostics:
+        files["diagnostics"] = args.plot.with_stem(f"{args.plot.stem}_health")
+    for file in files.values():
+        check_picture(parser, "--plot", file)
     curves = train(args, text, args.log_diagnostics)
     plot(curves, f"byte language model, {args.optimizer}", args.plot)
-    if curves["health"]:
-        file = args.plot.with_stem(f"{args.plot.stem}_health")
-        plot_health(curves["health"], file)
+    if args.log_diagnostics:
+        plot_health(curves["health"], files["diagnostics"])
+    if not args.quiet:
+        for what, file in files.items():
+            print(f"{what}: {file}")
     return 0
 
 

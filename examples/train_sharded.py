@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import language_model
 import train_lm
+from command_line import Parser, check_file, check_folder, compiling, positive
 from microadam_optax import check_checkpoint, state_shardings
 
 
@@ -152,7 +153,13 @@ def train(args: argparse.Namespace, text: np.ndarray) -> dict[str, list]:
     step, done, params, opt_state = start(args, mesh, manager)
     rows = NamedSharding(mesh, P("devices"))
     chief = jax.process_index() == 0
-    if chief:
+    quiet = args.quiet or not chief
+    if done >= args.steps:
+        manager.close()
+        if chief:
+            print(f"already at step {done} of {args.steps}; nothing to do")
+        return {"loss": []}
+    if not quiet:
         leaves = jax.tree.leaves(opt_state)
         held = sum(x.addressable_shards[0].data.nbytes for x in leaves)
         print(
@@ -160,8 +167,10 @@ def train(args: argparse.Namespace, text: np.ndarray) -> dict[str, list]:
             f"optimizer state {held:,} bytes a device; from step {done}",
             flush=True,
         )
+    batch = batch_at(done + 1, train_text, args, rows)
+    with compiling("the training step", quiet):
+        step = step.lower(params, opt_state, batch).compile()
     curve: list[tuple[int, float]] = []
-    quiet = args.quiet or not chief
     with tqdm(total=args.steps, initial=done, unit="step", disable=quiet) as bar:
         for number in range(done + 1, args.steps + 1):
             batch = batch_at(number, train_text, args, rows)
@@ -169,13 +178,14 @@ def train(args: argparse.Namespace, text: np.ndarray) -> dict[str, list]:
             curve.append((number, float(loss)))
             if manager:
                 state = {"params": params, "opt_state": opt_state}
-                manager.save(number, args=ocp.args.StandardSave(state))
+                saved, last = ocp.args.StandardSave(state), number == args.steps
+                manager.save(number, args=saved, force=last)
             bar.set_postfix_str(f"loss {curve[-1][1]:.3f}")
             bar.update()
     if manager:
         manager.wait_until_finished()
         manager.close()
-    if chief and curve:
+    if chief:
         print(f"loss {curve[-1][1]:.4f} at step {curve[-1][0]}")
     return {"loss": curve}
 
@@ -191,6 +201,12 @@ def use_cpu_devices(number: int) -> None:
     jax.config.update("jax_num_cpu_devices", number)
 
 
+def hush_gloo() -> None:
+    """Keeps what Gloo prints, from beside Python, out of the output."""
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -202,6 +218,8 @@ def launch(args: argparse.Namespace, arguments: list[str]) -> int:
     address = f"localhost:{free_port()}"
     command = [sys.executable, __file__, *arguments, "--coordinator", address]
     command += ["--hosts", str(args.processes), "--processes", "1"]
+    if not args.quiet:
+        print(f"starting {args.processes} processes", flush=True)
     workers = [
         subprocess.Popen([*command, "--host", str(host)])
         for host in range(args.processes)
@@ -227,16 +245,16 @@ def launch(args: argparse.Namespace, arguments: list[str]) -> int:
     return 1
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add, positive = parser.add_argument, train_lm.positive(int)
+def add_arguments(parser: Parser) -> None:
+    add = parser.add_argument
     add("--parallel", choices=["fsdp", "data", "zero"], default="fsdp")
-    add("--processes", type=positive, default=2, help="started on this host")
-    add("--devices", type=positive, default=4, help="CPU devices of each process")
+    add("--processes", type=positive(int), default=2, help="started on this host")
+    add("--devices", type=positive(int), default=4, help="CPU devices of each process")
     add("--coordinator", help="ADDRESS:PORT of the first host")
-    add("--hosts", type=positive, default=1, help="number of hosts")
+    add("--hosts", type=positive(int), default=1, help="number of hosts")
     add("--host", type=int, default=0, help="this one, from 0")
     add("--checkpoints", type=pathlib.Path, metavar="FOLDER")
-    add("--save-every", type=positive, default=50, metavar="STEPS")
+    add("--save-every", type=positive(int), default=50, metavar="STEPS")
     add("--curve", type=pathlib.Path, metavar="FILE", help="loss curve as JSON")
 
 
@@ -249,11 +267,16 @@ def main(arguments: list[str] | None = None) -> int:
     if args.batch % devices:
         parser.error(f"--batch {args.batch} is not a multiple of the {devices} devices")
     text = train_lm.check(args, parser)
+    if args.checkpoints:
+        check_folder(parser, "--checkpoints", args.checkpoints)
+    if args.curve:
+        check_file(parser, "--curve", args.curve)
     if args.processes > 1:
         return launch(args, arguments)
     if jax.config.jax_platforms in (None, "", "cpu"):
         use_cpu_devices(args.devices)
     if args.coordinator:
+        hush_gloo()
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(args.coordinator, args.hosts, args.host)
     try:

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from microadam_optax._checks import name
+
 
 def apply_updates_stochastic(params: Any, updates: Any, key: jax.Array) -> Any:
     """`optax.apply_updates` with bfloat16 parameters rounded up or down at random.
@@ -27,6 +29,8 @@ def apply_updates_stochastic(params: Any, updates: Any, key: jax.Array) -> Any:
 
     Raises:
       ValueError: `updates` is not a tree like `params`.
+      TypeError: `updates` has None for a parameter. Where the parameter itself is None,
+        as optax's trees may have it, it stays None.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -39,12 +43,10 @@ def apply_updates_stochastic(params: Any, updates: Any, key: jax.Array) -> Any:
       >>> 1.0009 < float(new.astype(jnp.float32).mean()) < 1.0011
       True
     """
-    tree: Any
-    leaves, tree = jax.tree.flatten(params, is_leaf=_is_none)
-    given = tree.flatten_up_to(updates)
+    pairs, tree = _pairs(params, updates)
     new = [
         _apply(leaf, update, jax.random.fold_in(key, number))
-        for number, (leaf, update) in enumerate(zip(leaves, given, strict=True))
+        for number, (leaf, update) in enumerate(pairs)
     ]
     return jax.tree.unflatten(tree, new)
 
@@ -60,19 +62,34 @@ def lost_updates(params: Any, updates: Any) -> jax.Array:
       float32 scalar: of the entries whose update is not 0, the share that
       `optax.apply_updates` leaves as they are; 0 if nothing moves.
 
+    Raises:
+      ValueError: `updates` is not a tree like `params`.
+      TypeError: `updates` has None for a parameter.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from microadam_optax import lost_updates
       >>> float(lost_updates(jnp.ones(4, jnp.bfloat16), jnp.array([0, 1e-3, 1e-3, 1e-2])))
       0.6666666865348816
     """
-    new = optax.apply_updates(params, updates)
-    counts = [
-        (_count((u != 0) & (p == q)), _count(u != 0))
-        for p, q, u in zip(*map(jax.tree.leaves, (params, new, updates)), strict=True)
-    ]
-    lost, moving = (sum(column) for column in zip(*counts, strict=True))
+    lost = moving = jnp.float32(0)
+    for leaf, update in _pairs(params, updates)[0]:
+        if leaf is not None:
+            same = optax.apply_updates(leaf, update) == leaf
+            lost += _count((update != 0) & same)
+            moving += _count(update != 0)
     return lost / jnp.maximum(moving, 1)
+
+
+def _pairs(params: Any, updates: Any) -> tuple[list[tuple[Any, Any]], Any]:
+    """Leaves with their updates, and the structure; where a leaf is None it is kept."""
+    tree: Any
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_none)
+    given = tree.flatten_up_to(updates)
+    for (path, leaf), update in zip(leaves, given, strict=True):
+        if update is None and leaf is not None:
+            raise TypeError(f"`updates` has None for {name(path)}, which is an array.")
+    return [(leaf, u) for (_, leaf), u in zip(leaves, given, strict=True)], tree
 
 
 def _is_none(x: Any) -> bool:
@@ -80,9 +97,10 @@ def _is_none(x: Any) -> bool:
 
 
 def _apply(leaf: Any, update: Any, key: jax.Array) -> Any:
-    if leaf is None or update is None or leaf.dtype != jnp.bfloat16:
+    if leaf is None or jnp.result_type(leaf) != jnp.bfloat16:
         return optax.apply_updates(leaf, update)
-    return _rounded(leaf.astype(jnp.float32) + update.astype(jnp.float32), key)
+    exact = jnp.asarray(leaf, jnp.float32) + jnp.asarray(update, jnp.float32)
+    return _rounded(exact, key)
 
 
 def _rounded(x: jax.Array, key: jax.Array) -> jax.Array:

@@ -3,11 +3,14 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from microadam_optax import _checks
 from microadam_optax._fit import check_form, form_of
 from microadam_optax._state import LeafState, MicroAdamState
+
+Names = tuple[str, ...]
 
 
 def check_checkpoint(saved: Any, tx: optax.GradientTransformation, params: Any) -> None:
@@ -24,7 +27,7 @@ def check_checkpoint(saved: Any, tx: optax.GradientTransformation, params: Any) 
 
     Raises:
       ValueError: another window, block size, number of bits, density or grid, with
-        both values; or an array is missing or has another shape.
+        both values; or an array is missing or has another shape or dtype.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -38,7 +41,7 @@ def check_checkpoint(saved: Any, tx: optax.GradientTransformation, params: Any) 
 transformation has `window` 2.
     """
     expected = jax.eval_shape(tx.init, params)
-    found, wanted = _shapes(saved), _shapes(expected)
+    found, wanted = _arrays(saved), _arrays(expected)
     nodes = jax.tree_util.tree_leaves_with_path(
         expected, is_leaf=lambda x: isinstance(x, MicroAdamState)
     )
@@ -46,42 +49,52 @@ transformation has `window` 2.
     _check_version(found)
     for prefix, node in nodes:
         if isinstance(node, MicroAdamState):
-            here = _checks.key(prefix)
+            here = _names(prefix)
             _check_dense(here, [path for path, _ in leaves], found, wanted)
             for path, leaf in leaves:
-                _check_leaf(here, path, tuple(leaf.shape), found, wanted)
-    for key, shape in wanted.items():
-        if found.get(key) != shape:
-            raise ValueError(
-                f"The saved optimizer state has {found.get(key, 'nothing')} at {key}, "
-                f"where this transformation has an array of shape {shape}."
-            )
-    extra = next((key for key in found if key not in wanted), None)
+                _check_leaf(here, path, jnp.shape(leaf), found, wanted)
+    for at, array in wanted.items():
+        if at not in found:
+            have, need = "nothing", f"an array of shape {array.shape}"
+        elif found[at].shape != array.shape:
+            have, need = found[at].shape, f"an array of shape {array.shape}"
+        elif found[at].dtype != array.dtype:
+            have, need = found[at].dtype.name, array.dtype.name
+        else:
+            continue
+        raise ValueError(
+            f"The saved optimizer state has {have} at {'/'.join(at)}, where this "
+            f"transformation has {need}."
+        )
+    extra = next((at for at in found if at not in wanted), None)
     if extra is not None:
         raise ValueError(
-            f"The saved optimizer state has an array at {extra}, where this "
+            f"The saved optimizer state has an array at {'/'.join(extra)}, where this "
             "transformation has none."
         )
 
 
 def _check_version(found: dict) -> None:
     """Refuses what version 0.1 made with `dense`."""
-    nested = "inner_states/dense/inner_state/mu/"
-    dense = [key.split(nested)[1] for key in found if nested in key]
+    nested = ("inner_states", "dense", "inner_state", "mu")
+    dense = [
+        at for at in found if nested in zip(*(at[i:] for i in range(4)), strict=False)
+    ]
     if dense:
+        first = "/".join(dense[0][dense[0].index("mu") + 1 :])
         more = f" and {len(dense) - 1} more" if len(dense) > 1 else ""
         raise ValueError(
             "The saved optimizer state is nested (`inner_states`), as microadam_optax "
-            f"0.1 made it with a `dense` that names {dense[0]}{more}; a state made with "
+            f"0.1 made it with a `dense` that names {first}{more}; a state made with "
             "the same `dense` now holds the same arrays, under other paths."
         )
 
 
-def _check_dense(here: str, paths: list[Any], found: dict, wanted: dict) -> None:
+def _check_dense(here: Names, paths: list[Any], found: dict, wanted: dict) -> None:
     """Compares which leaves are dense and which compressed."""
 
     def having(arrays: dict, field: str) -> list[Any]:
-        return [x for x in paths if _join(here, field, _checks.key(x)) in arrays]
+        return [x for x in paths if (*here, field, *_names(x)) in arrays]
 
     was, now = having(found, "mu"), having(wanted, "mu")
     differ = [x for x in having(found, "codes") if x in now]
@@ -97,24 +110,36 @@ def _check_dense(here: str, paths: list[Any], found: dict, wanted: dict) -> None
 
 
 def _check_leaf(
-    here: str, path: Any, shape: tuple[int, ...], found: dict, wanted: dict
+    here: Names, path: Any, shape: tuple[int, ...], found: dict, wanted: dict
 ) -> None:
-    """Compares what two sets of shapes tell of a leaf, if both tell something."""
+    """Compares what two sets of arrays tell of a leaf, if both tell something."""
     states, forms = [], []
-    for shapes in (found, wanted):
-        ages = shapes.get(_join(here, "ages"), (0,))
-        keys = (_join(here, field, _checks.key(path)) for field in LeafState._fields)
-        states.append(LeafState(*map(shapes.get, keys)))
+    for arrays in (found, wanted):
+        ages = arrays.get((*here, "ages"))
+        of = (arrays.get((*here, x, *_names(path))) for x in LeafState._fields)
+        states.append(LeafState(*(None if x is None else x.shape for x in of)))
+        window = 1 if ages is None else ages.size + 1
         codes = states[-1].codes
-        forms.append(form_of(shape, states[-1], ages[0] + 1) if codes else None)
+        forms.append(form_of(shape, states[-1], window) if codes else None)
     if all(state.codes for state in states) and forms[1]:
         check_form(path, shape, states[0], *forms)
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _arrays(tree: Any) -> dict[Names, jax.ShapeDtypeStruct]:
+    """The arrays as they are saved, by the names on their way."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {_checks.key(path): tuple(leaf.shape) for path, leaf in leaves}
+    return {_names(path): _as_saved(leaf) for path, leaf in leaves}
 
 
-def _join(*keys: str) -> str:
-    return "/".join(key for key in keys if key)
+def _as_saved(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Of a typed PRNG key its raw data, of a Python number the array it becomes."""
+    shape = tuple(leaf.shape) if hasattr(leaf, "shape") else jnp.shape(leaf)
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        return jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(shape, dtype))
+    return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype))
+
+
+def _names(path: Any) -> Names:
+    """A path without the types of its containers, of which a checkpoint keeps none."""
+    return tuple(jax.tree_util.keystr((x,), simple=True) for x in path)

@@ -2,11 +2,13 @@
 
 import numbers
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Sharding
 
 from microadam_optax._blocks import Layout
@@ -97,15 +99,40 @@ def check_grid(path: Any, shape: tuple[int, ...], grid: Any) -> tuple[int, ...] 
     """A leaf's grid as a tuple; ValueError if it does not cut it into equal cells."""
     if grid is None:
         return None
-    numeric = isinstance(grid, tuple | list) and all(
-        isinstance(n, numbers.Integral) and int(n) >= 1 for n in grid
-    )
-    if not numeric or len(grid) != len(shape) or any(map(operator.mod, shape, grid)):
+    if (
+        not _is_grid(grid)
+        or len(grid) != len(shape)
+        or any(map(operator.mod, shape, grid))
+    ):
         raise ValueError(
             f"`grid` of {name(path)} must be a tuple of positive divisors of its "
             f"shape {shape}, one an axis, got {grid!r}."
         )
     return tuple(int(n) for n in grid)
+
+
+def check_grids(params: Any, grid: Any) -> list[Any]:
+    """What `grid` has for each leaf; ValueError if it is not a tree like `params`."""
+
+    def is_masked(x: Any) -> bool:
+        return isinstance(x, optax.MaskedNode)
+
+    tree: Any = jax.tree.structure(params, is_leaf=is_masked)
+    try:
+        return tree.flatten_up_to(grid)
+    except ValueError as error:
+        known = _paths(params, is_masked)
+        given = _paths(grid, lambda x: x is None or _is_grid(x))
+        missing = [name(path) for path in known if path not in given]
+        extra = [name(path) for path in given if path not in known]
+        difference = "the containers differ in type"
+        if missing:
+            difference = f"it has nothing for {missing[0]}"
+        elif extra:
+            difference = f"the parameters have no {extra[0]}"
+        raise ValueError(
+            f"`grid` must be a tree like the parameters, but {difference}."
+        ) from error
 
 
 def check_size(size: int) -> None:
@@ -140,6 +167,16 @@ def name(path: Any) -> str:
 def is_number(value: Any) -> bool:
     """Whether it is a Python or NumPy number, neither an array nor traced."""
     return isinstance(value, int | float | np.number)
+
+
+def _is_grid(x: Any) -> bool:
+    return isinstance(x, tuple | list) and all(
+        isinstance(n, numbers.Integral) and int(n) >= 1 for n in x
+    )
+
+
+def _paths(tree: Any, is_leaf: Callable[[Any], bool]) -> list[Any]:
+    return [p for p, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)]
 
 
 def _integer(argument: str, value: Any, expected: str) -> None:

@@ -1,8 +1,10 @@
 """What the state tells of a run's health: error, window and updates, by leaf."""
 
+import collections
 import functools
 import math
 import operator
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -49,7 +51,8 @@ class Diagnostics(NamedTuple):
 
     Attributes:
       total: `Health` of all compressed leaves together.
-      leaves: `Health` of each, by its path with slashes, ``"layers/0/kernel"``.
+      leaves: `Health` of each, by its path with slashes, ``"layers/0/kernel"``, or,
+        where two would read alike, as keys in brackets, ``"['layers/0']['kernel']"``.
     """
 
     total: Health
@@ -104,29 +107,36 @@ def diagnostics(state: Any, gradients: Any = None, updates: Any = None) -> Diagn
             "`diagnostics` needs `gradients` or `updates`, to know the shapes of leaves."
         )
     given = [_by_path(tree) for tree in (gradients, updates)]
-    sums: dict[str, _Sums] = {}
+    sums: dict[Any, _Sums] = {}
     for node in jax.tree.leaves(state, is_leaf=_is_own):
         if _is_own(node):
             for path, _ in jax.tree_util.tree_leaves_with_path(node.codes):
-                sums[key(path)] = _sums_of(path, node, *(x.get(key(path)) for x in given))
+                sums[path] = _sums_of(path, node, *(x.get(path) for x in given))
     if not sums:
         raise ValueError("There is no MicroAdamState with leaves in `state`.")
     total = functools.reduce(lambda a, b: _Sums(*map(operator.add, a, b)), sums.values())
-    return Diagnostics(_health(total), {at: _health(one) for at, one in sums.items()})
+    each = zip(_names(sums), map(_health, sums.values()), strict=True)
+    return Diagnostics(_health(total), dict(each))
 
 
 def _is_own(x: Any) -> bool:
     return isinstance(x, MicroAdamState)
 
 
-def _by_path(tree: Any) -> dict[str, Any]:
-    return {key(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+def _by_path(tree: Any) -> dict[Any, Any]:
+    return dict(jax.tree_util.tree_leaves_with_path(tree))
+
+
+def _names(paths: Collection[Any]) -> list[str]:
+    """Paths with slashes, but with brackets where two would read alike."""
+    times = collections.Counter(map(key, paths))
+    return [name(x) if times[key(x)] > 1 else key(x) for x in paths]
 
 
 def _sums_of(path: Any, node: MicroAdamState, gradient: Any, update: Any) -> _Sums:
     """The sums of one leaf."""
     fields = (getattr(node, x) for x in LeafState._fields)
-    leaf = LeafState(*(None if x is None else _by_path(x)[key(path)] for x in fields))
+    leaf = LeafState(*(None if x is None else _by_path(x)[path] for x in fields))
     window = 1 if node.ages is None else node.ages.size + 1
     like = update if gradient is None else gradient
     if like is None:

@@ -337,11 +337,9 @@ def _flatten(tree: Any) -> tuple[list[tuple[Any, Any]], Any]:
 
 def _grids(grid: Any, params: Any) -> list[Any]:
     """The grid asked for each leaf that is not masked; None for the default."""
-    tree: Any
-    leaves, tree = jax.tree.flatten(params, is_leaf=_states.is_masked)
-    asked = [None] * len(leaves)
+    leaves = jax.tree.leaves(params, is_leaf=_states.is_masked)
+    asked: list[Any] = [None] * len(leaves)
     if grid is not None and leaves:
-        asked = tree.flatten_up_to(grid)
-    return [
-        x for x, leaf in zip(asked, leaves, strict=True) if not _states.is_masked(leaf)
-    ]
+        asked = _checks.check_grids(params, grid)
+    pairs = zip(asked, leaves, strict=True)
+    return [x for x, leaf in pairs if not _states.is_masked(leaf)]

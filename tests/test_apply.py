@@ -93,3 +93,36 @@ def test_lost_updates():
     updates = {"a": jnp.array([0.0, ULP / 3, ULP, ULP / 3]), "b": jnp.full(4, 1e-6)}
     assert float(jax.jit(lost_updates)(params, updates)) == pytest.approx(2 / 7)
     assert float(lost_updates(params, jax.tree.map(jnp.zeros_like, updates))) == 0
+    assert float(lost_updates({}, {})) == 0
+
+
+@pytest.mark.parametrize("update", [None, 1.0])
+def test_none_for_a_parameter_stays(update):
+    """As with optax: whatever its update is, and nothing of it is counted as lost."""
+    params, updates = {"a": None, "b": 1.0}, {"a": update, "b": 1e-9}
+    new = apply_updates_stochastic(params, updates, jax.random.key(0))
+    chex.assert_trees_all_equal(new, optax.apply_updates(params, updates))
+    assert new["a"] is None
+    assert float(lost_updates(params, updates)) == 1
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lost_updates, lambda *trees: apply_updates_stochastic(*trees, jax.random.key(0))],
+)
+def test_none_for_an_update(function):
+    """Where optax raises an error, too, but does not say where."""
+    trees = {"a": {"b": jnp.ones(2)}}, {"a": {"b": None}}
+    with pytest.raises(TypeError):
+        optax.apply_updates(*trees)
+    with pytest.raises(TypeError, match=r"`updates` has None for \['a'\]\['b'\]"):
+        function(*trees)
+
+
+def test_python_numbers():
+    params = {"full": 1.0, "half": jnp.ones([], jnp.bfloat16)}
+    updates = {"full": 0.5, "half": 0.5}
+    new = apply_updates_stochastic(params, updates, jax.random.key(0))
+    chex.assert_trees_all_equal(new, optax.apply_updates(params, updates))
+    chex.assert_trees_all_equal_dtypes(new, optax.apply_updates(params, updates))
+    assert float(lost_updates(params, {"full": 1e-9, "half": ULP})) == 0.5

@@ -108,3 +108,65 @@ def test_other_hyperparameters_are_refused(other, message, tmp_path):
             check_checkpoint(metadata, tx, tree)
         with pytest.raises(ValueError, match=rf"of \['w'\] was made with {message}"):
             tx.update(tree, checkpoints.restore(tmp_path / "state", saved_by.init(tree)))
+
+
+def saved_as(dtype, field):
+    """Metadata of a state in which an array of the leaf "w" has another dtype."""
+    tree = {"w": jnp.ones((16, 2048)), "b": jnp.ones(512)}
+    state = microadam(0.1).init(tree)[0]
+    other = getattr(state, field)["w"].astype(dtype)
+    return tree, (state._replace(**{field: {**getattr(state, field), "w": other}}),)
+
+
+@pytest.mark.parametrize(
+    ("field", "dtype", "expected"),
+    [
+        ("ranges", jnp.float32, "bfloat16"),
+        ("codes", jnp.int32, "uint8"),
+        ("values", jnp.float16, "bfloat16"),
+    ],
+)
+def test_other_dtypes_are_refused(field, dtype, expected, tmp_path):
+    tree, (state,) = saved_as(dtype, field)
+    message = rf"has {jnp.dtype(dtype)} at 0/{field}/w, where .* has {expected}\."
+    saved = (state, optax.EmptyState(), optax.EmptyState())
+    with ocp.StandardCheckpointer() as checkpoints:
+        checkpoints.save(tmp_path / "state", saved)
+        checkpoints.wait_until_finished()
+        metadata = checkpoints.metadata(tmp_path / "state").item_metadata
+    for given in (saved, metadata):
+        with pytest.raises(ValueError, match=message):
+            check_checkpoint(given, microadam(0.1), tree)
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_keys_and_python_numbers(impl, tmp_path):
+    """Orbax keeps the raw data of typed keys, and tells no exact dtype of numbers."""
+    key = jax.random.key(3, impl=impl)
+    keys = {"key": key, "keys": jax.random.split(key, 3)}
+
+    def make(number):
+        init = {**keys, "number": number, "rate": 0.5}
+        rest = optax.GradientTransformation(lambda _: init, lambda *x: x[:2])
+        return optax.chain(microadam(0.1), rest)
+
+    tree = {"w": jnp.ones((16, 2048)), "b": 1.0}
+    tx = make(1)
+    state = tx.init(tree)
+    with ocp.StandardCheckpointer() as checkpoints:
+        checkpoints.save(tmp_path / "state", state)
+        checkpoints.wait_until_finished()
+        metadata = checkpoints.metadata(tmp_path / "state").item_metadata
+    check_checkpoint(state, tx, tree)
+    check_checkpoint(metadata, tx, tree)
+    with pytest.raises(ValueError, match=r"has int32 at 1/number, where .* has float32"):
+        check_checkpoint(metadata, make(1.0), tree)
+
+
+def test_paths_that_read_alike():
+    """Neither of two leaves "a/b" stands for the other."""
+    tx, params = microadam(0.1), {"a/b": jnp.ones((8, 64)), "a": {"b": jnp.ones(512)}}
+    state = tx.init(params)
+    check_checkpoint(state, tx, params)
+    with pytest.raises(ValueError, match="nothing at 0/codes/a/b"):
+        check_checkpoint(tx.init({"a": params["a"]}), tx, params)

@@ -154,6 +154,22 @@ def test_several_parts_of_a_partition():
     assert set(diagnostics(state, given, updates).leaves) == {"w", "odd", "b"}
 
 
+def test_paths_that_read_alike():
+    """None is dropped or takes the other's gradient; where they differ, slashes stay."""
+    params = {"a/b": jnp.ones(64), "a": {"b": jnp.zeros(64)}, "c": {"d": jnp.ones(64)}}
+    tx = scale_by_microadam(window=1, density=0.1)
+    updates, state = tx.update(params, tx.init(params))
+    found = diagnostics(state, params, updates)
+    assert set(found.leaves) == {"['a/b']", "['a']['b']", "c/d"}
+    norms = {at: float(one.gradient_norm) for at, one in found.leaves.items()}
+    assert norms == {"['a/b']": 8, "['a']['b']": 0, "c/d": 8}
+    assert found.total.gradient_norm == pytest.approx(8 * 2**0.5)
+    # One of both is enough to be compressed: it is found by its own path.
+    one = microadam(1.0, dense={"a/b": True, "a": False, "c": True})
+    alone = diagnostics(one.init(params), params)
+    assert float(alone.leaves["a/b"].gradient_norm) == 0
+
+
 def test_errors():
     given, updates, state = run(microadam(1.0, **SETTINGS), 1)
     with pytest.raises(ValueError, match="needs `gradients` or `updates`"):

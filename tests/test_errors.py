@@ -206,3 +206,23 @@ def test_bad_grids(grid):
     tx = scale_by_microadam(grid={"a": grid})
     with pytest.raises(ValueError, match=r"`grid` of \['a'\].*\(4, 9\)"):
         tx.init({"a": jnp.ones((4, 9))})
+
+
+@pytest.mark.parametrize(
+    ("grid", "difference"),
+    [
+        ({"a": (4, 1)}, r"it has nothing for \['b'\]\['c'\]"),
+        ({"a": (4, 1), "b": {}}, r"it has nothing for \['b'\]\['c'\]"),
+        ({"a": (4, 1), "b": {"c": None}, "d": (1,)}, r"the parameters have no \['d'\]"),
+        ((4, 1), r"it has nothing for \['a'\]"),
+        ({"a": (4, 1), "b": [None]}, r"it has nothing for \['b'\]\['c'\]"),
+    ],
+)
+def test_grids_of_another_tree(grid, difference):
+    params = {"a": jnp.zeros((4, 9)), "b": {"c": jnp.zeros(8)}}
+    message = f"^`grid` must be a tree like the parameters, but {difference}\\.$"
+    with pytest.raises(ValueError, match=message):
+        scale_by_microadam(grid=grid).init(params)
+    masked = {"a": params["a"], "b": {"c": optax.MaskedNode()}}
+    with pytest.raises(ValueError, match=r"it has nothing for \['a'\]"):
+        scale_by_microadam(grid={"b": {"c": None}}).init(masked)

@@ -1,15 +1,18 @@
 """The main job, from its command line: what it prints, writes and refuses."""
 
+import itertools
 import re
+import types
 
 import numpy as np
 import pytest
 
+import command_line
 import pure_bfloat16
 import train_lm
 
 SIZES = {"steps": 12, "batch": 4, "length": 32, "width": 32, "depth": 1, "heads": 2}
-SMALL = ["--quiet", *(f"--{name}={size}" for name, size in SIZES.items())]
+SMALL = [f"--{name}={size}" for name, size in SIZES.items()]
 
 
 def run(tmp_path, *arguments):
@@ -18,13 +21,31 @@ def run(tmp_path, *arguments):
     return plot
 
 
+def fake_clock(monkeypatch):
+    """A step takes a tick, an evaluation many; the one speed that is to be shown."""
+    clock = itertools.count()
+    fake = types.SimpleNamespace(perf_counter=lambda: next(clock))
+    evaluate = train_lm.evaluate
+
+    def slow(*arguments):
+        list(itertools.islice(clock, 1000))
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(train_lm, "time", fake)
+    monkeypatch.setattr(train_lm, "evaluate", slow)
+    return {f"{SIZES['batch'] * SIZES['length']:,}"}
+
+
 @pytest.mark.parametrize("optimizer", ["microadam", "adamw"])
 @pytest.mark.promotes
-def test_it_trains_on_files_and_draws(optimizer, tmp_path, capsys):
+def test_it_trains_on_files_and_draws(optimizer, tmp_path, capsys, monkeypatch):
+    speeds = fake_clock(monkeypatch)
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be, that is the question. " * 60)
     plot = run(tmp_path, "--data", str(text), "--optimizer", optimizer)
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert re.match(r"compiling the training step \.\.\. \d+\.\d s\n", err)
+    assert set(re.findall(r"([\d,]+) tokens/s", err)) == speeds
     held, adam = (
         int(number.replace(",", ""))
         for number in re.search(r"state: \w+ ([\d,]+) bytes.*Adam ([\d,]+)", out).groups()
@@ -36,9 +57,11 @@ def test_it_trains_on_files_and_draws(optimizer, tmp_path, capsys):
 
 @pytest.mark.promotes
 def test_diagnostics_are_drawn(tmp_path, capsys):
-    plot = run(tmp_path, "--log-diagnostics", "--window", "3")
+    plot = run(tmp_path, "--log-diagnostics", "--window", "3", "--quiet")
     assert plot.with_stem("loss_health").read_bytes().startswith(b"\x89PNG")
-    assert "diagnostics: " in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert re.fullmatch(r"validation loss \d\.\d+ nats a byte, unigram .*\n", out)
 
 
 @pytest.mark.promotes
@@ -74,6 +97,11 @@ def test_embedded_text_and_its_unigram_loss():
         (["--data", "."], "cannot read .: Is a directory"),
         (["--data", "empty.txt"], "empty.txt is empty"),
         (["--data", "short.txt"], "the text has 40 bytes; training and held-out"),
+        (["--plot", "no/loss.png"], "--plot: cannot write no/loss.png: No such file"),
+        (["--plot", "empty.txt/loss.png"], "empty.txt/loss.png: Not a directory"),
+        (["--plot", "folder.png"], "cannot write folder.png: Is a directory"),
+        (["--plot", "loss"], "--plot: loss must end in a dot and one of "),
+        (["--plot", "a.png", "--log-diagnostics"], "write a_health.png: Is a directory"),
     ],
 )
 def test_errors_are_one_line_and_status_2(
@@ -82,12 +110,26 @@ def test_errors_are_one_line_and_status_2(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("x" * 40)
+    for folder in ("folder.png", "a_health.png"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr(train_lm, "train", lambda *_: pytest.fail("it began"))
+    before = set(tmp_path.iterdir())
     with pytest.raises(SystemExit) as stopped:
         train_lm.main([*SMALL, *arguments])
     assert stopped.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert message in lines[0]
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_file_that_is_there_is_only_tried(tmp_path):
+    parser, file = command_line.Parser(), tmp_path / "loss.png"
+    command_line.check_picture(parser, "--plot", file)
+    assert not file.exists()
+    file.write_bytes(b"before")
+    command_line.check_picture(parser, "--plot", file)
+    assert file.read_bytes() == b"before"
 
 
 @pytest.mark.promotes
@@ -98,7 +140,9 @@ def test_pure_bfloat16(capsys):
         pure_bfloat16.main(["--quiet", "--window=1", "--learning-rate=1e-4", *arguments])
         == 0
     )
-    lines = capsys.readouterr().out.splitlines()
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = out.splitlines()
     shares = [int(re.search(r"(\d+)% of late", line)[1]) for line in lines]
     assert shares[0] == 0
     assert min(shares[1:]) > 50

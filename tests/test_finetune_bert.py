@@ -1,9 +1,11 @@
 """examples/finetune_bert.py: the encoder is BERT, the data are fair, and it learns."""
 
 import importlib.util
+import itertools
 import json
 import pathlib
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -69,9 +71,10 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run(folder, *arguments):
+def run(folder, *arguments, quiet=True):
     data = ["--data", str(folder / "train.tsv"), "--eval", str(folder / "train.tsv")]
-    fixed = ["--model", str(folder), "--length", "8", "--batch", "4", "--quiet"]
+    fixed = ["--model", str(folder), "--length", "8", "--batch", "4"]
+    fixed += ["--quiet"] if quiet else []
     output = ["--output", str(folder / "out")]
     return finetune_bert.main([*fixed, *data, *output, *arguments])
 
@@ -137,7 +140,11 @@ def test_it_learns(folder, pooling, optimizers, capsys):
     assert all(np.mean(x["losses"][-5:]) < x["losses"][0] for x in results)
     pictures = (folder / "out").glob("confusion_*.png")
     assert len(list(pictures)) == len(optimizers)
-    assert "macro-F1" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.splitlines()[0].startswith("┏")  # the table, and nothing but it
+    assert out.splitlines()[-1].startswith("└")
+    assert "macro-F1" in out
 
 
 @pytest.mark.parametrize(
@@ -161,6 +168,7 @@ def test_it_learns(folder, pooling, optimizers, capsys):
         (None, ["--length", "13"], "--length 13 is more than the model's 12 positions"),
         (None, ["--window", "0"], "`window` must be an integer of at least 1, got 0"),
         (None, ["--eval", "dev.tsv"], "label without training data: 'blue'"),
+        (None, ["--output", "dev.tsv"], "--output: cannot write in dev.tsv: File exists"),
     ],
 )
 def test_wrong_input_gets_one_line(folder, spoil, arguments, words, capsys, monkeypatch):
@@ -198,6 +206,27 @@ def test_weights_that_do_not_fit(folder, change, words):
         file.write_bytes(b"no such format")
     with pytest.raises(ValueError, match=words):
         bert.load_encoder(folder)
+
+
+@pytest.mark.promotes
+def test_compiling_is_said_and_takes_no_time(folder, capsys, monkeypatch):
+    """The step comes compiled to the clock whose seconds the table shows."""
+    lowered, clock = [], itertools.count()
+    fake = types.SimpleNamespace(perf_counter=lambda: lowered[0] and next(clock))
+    monkeypatch.setattr(finetune_bert, "time", fake)
+    make_step = finetune_bert.make_step
+
+    def watched(*arguments):
+        step = make_step(*arguments)
+        lower = lambda *a: lowered.append(True) or step.lower(*a)  # noqa: E731
+        return types.SimpleNamespace(lower=lower)
+
+    monkeypatch.setattr(finetune_bert, "make_step", watched)
+    run(folder, "--steps", "2", quiet=False)
+    out, err = capsys.readouterr()
+    assert re.match(r"compiling microadam's training step \.\.\. \d+\.\d s\n", err)
+    assert "4 texts to train on" in out
+    assert "results.json" in out
 
 
 def test_without_the_default_model(monkeypatch, capsys):

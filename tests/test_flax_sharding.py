@@ -61,8 +61,9 @@ def test_dense_leaves_keep_their_metadata():
     assert jax.tree.leaves(state[0].mu["kernel"]) == []
 
 
-def test_linen_example():
+def test_linen_example(capsys):
     params, state, losses = sharded_linen.train(30)
+    assert capsys.readouterr().err.startswith("compiling the training step ... ")
     assert losses[-1] < 0.7 * losses[0]
     tx = microadam_optax.microadam(1e-3)  # the example's: biases are dense
     own = jax.tree.map(lambda x: x.sharding, params)
@@ -77,8 +78,9 @@ def test_linen_example():
     assert kernel.addressable_shards[0].data.size * 8 == kernel.size
 
 
-def test_nnx_example():
+def test_nnx_example(capsys):
     _, optimizer, losses = sharded_nnx.train(30)
+    assert capsys.readouterr().err.startswith("compiling the training step ... ")
     assert losses[-1] < 0.7 * losses[0]
     own = optimizer.opt_state[0]
     for field in ("codes", "ranges", "indices", "values", "mu", "nu"):

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import math
+import re
 import sys
 
 import jax
@@ -15,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from microadam_optax import _planner, memory, microadam, smaller_than
 from microadam_optax._models import MODELS, shapes_of
 
-# As published with the models' weights; GPT-2's and Gemma's embedding counts once.
+# As published with the models' weights; an embedding that is the head, too, counts once.
 PUBLISHED = {
     "llama2-7b": 6_738_415_616,
     "llama2-13b": 13_015_864_320,
@@ -23,10 +24,23 @@ PUBLISHED = {
     "llama3-8b": 8_030_261_248,
     "llama3-70b": 70_553_706_496,
     "mistral-7b": 7_241_732_096,
+    "mixtral-8x7b": 46_702_792_704,
+    "phi3-mini": 3_821_079_552,
+    "phi3-medium": 13_960_238_080,
     "qwen2-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
     "gemma-2b": 2_506_172_416,
     "gemma-7b": 8_537_680_896,
     "gemma2-9b": 9_241_705_984,
+    "gemma3-1b": 999_885_952,
+    "gemma3-4b": 4_300_079_472,
+    "gemma3-12b": 12_187_325_040,
+    "gemma3-27b": 27_432_406_640,
     "gpt2": 124_439_808,
     "gpt2-medium": 354_823_168,
     "gpt2-large": 774_030_080,
@@ -56,6 +70,40 @@ def test_options_of_a_config():
     assert number_of({**plain, "head_dim": 256}) == number + 4096 * 128 * (2 * 32 + 2 * 8)
     many = {**plain, "num_key_value_heads": None}
     assert number_of(many) == number + 2 * 4096 * (4096 - 1024)
+
+
+@pytest.mark.parametrize(
+    ("model", "absent"),
+    [
+        ("mixtral-8x7b", ["num_local_experts"]),
+        ("qwen3-8b", ["head_dim", "tie_word_embeddings"]),
+        ("gemma3-1b", ["head_dim"]),
+        ("gemma3-4b", ["num_attention_heads", "num_key_value_heads", "vocab_size"]),
+    ],
+)
+def test_what_a_config_may_lack(model, absent):
+    """The published files leave out what is the default of their class."""
+    config = json.loads(json.dumps(MODELS[model]))
+    for name in absent:
+        del config.get("text_config", config)[name]
+    assert number_of(config) == PUBLISHED[model]
+
+
+def test_a_plan_is_that_of_the_whole_tree():
+    """Equal leaves are counted, not computed one by one."""
+    arguments = ["gpt2", "--devices", "4", "--params-dtype", "float32", "--window", "3"]
+    args = _planner.make_parser().parse_args(arguments)
+    shapes, mesh = shapes_of(MODELS["gpt2"]), AbstractMesh((4,), ("fsdp",))
+    params = {x: jax.ShapeDtypeStruct(s, jnp.float32) for x, s in shapes.items()}
+    places = {
+        # 50257 words and the 3 x 768 of queries, keys and values aside, 4 divide all.
+        x: NamedSharding(mesh, P(None, "fsdp") if s[0] % 4 else P("fsdp"))
+        for x, s in shapes.items()
+    }
+    planned = {row.optimizer: row for row in _planner.plan(MODELS["gpt2"], args)}
+    for name, tx, _ in _planner.candidates(args):
+        assert planned[name].state == memory.optimizer_bytes(tx, params, places), name
+        assert planned[name].parameters == memory.array_bytes(params, places)
 
 
 @pytest.mark.parametrize("shards", [1, 8])
@@ -93,16 +141,25 @@ def test_a_plan(capsys):
     found, rows = run(capsys, "llama2-7b", "--gradients-dtype", "float32")
     number = PUBLISHED["llama2-7b"]
     assert found["parameters"] == number
-    adam, ours = rows["Adam"], rows["MicroAdam (2, 6 %), 4 bits"]
+    adam, ours = rows["Adam, float32 moments"], rows["MicroAdam (2, 6 %), 4 bits"]
     assert adam["parameters"] == 2 * number
     assert adam["gradients"] == 4 * number
     assert adam["state"] == 8 * number + 4
-    assert rows["Adam, mu in bfloat16"]["state"] == 6 * number + 4
-    assert rows["Lion"]["state"] == 4 * number + 4
+    assert rows["Adam, bfloat16 moments"]["state"] == 4 * number + 4
+    assert rows["Lion"]["state"] == 2 * number + 4
     assert 0.70 < ours["state"] / number < 0.71
     assert ours["sum"] == sum(ours[x] for x in ("parameters", "gradients", "state"))
     assert adam["fits_gb"] == [141]
     assert ours["fits_gb"] == [80, 141]
+
+
+def test_moments_in_float32(capsys):
+    _, rows = run(capsys, "gpt2", "--params-dtype", "float32")
+    number = PUBLISHED["gpt2"]
+    assert rows["Adam, float32 moments"]["state"] == 8 * number + 4
+    assert rows["Adam, mu in bfloat16"]["state"] == 6 * number + 4
+    assert rows["Lion"]["state"] == 4 * number + 4
+    assert "Adam, bfloat16 moments" not in rows
 
 
 def test_a_plan_for_many_devices(capsys):
@@ -116,11 +173,19 @@ def test_a_plan_for_many_devices(capsys):
 
 def test_the_arguments_of_microadam_count(capsys):
     arguments = ["--window", "2", "--density", "0.12", "--error-bits", "8"]
-    _, rows = run(capsys, "gpt2", *arguments, "--block-size", "64")
-    _, dense = run(capsys, "gpt2", *arguments, "--dense-below", "4096")
+    arguments += ["--block-size", "64"]
+    _, rows = run(capsys, "gpt2", *arguments)
+    _, none = run(capsys, "gpt2", *arguments, "--dense-below", "0")
+    _, all_dense = run(capsys, "gpt2", *arguments, "--dense-below", str(10**9))
+    _, same = run(capsys, "gpt2", *arguments, "--dense-below", "4096")
     name = "MicroAdam (2, 12 %), 8 bits"
     assert rows[name]["state"] > 1.3 * PUBLISHED["gpt2"]
-    assert dense[name]["state"] > 1.3 * PUBLISHED["gpt2"]
+    assert rows == same
+    number = sum(math.prod(s) for s in shapes_of(MODELS["gpt2"]).values() if len(s) == 1)
+    # bfloat16 moments, 4 bytes, instead of 1 + 4 / 64 and 8 entries of 3 bytes in 64.
+    dearer = rows[name]["state"] - none[name]["state"]
+    assert dearer == pytest.approx(number * (4 - 1 - 28 / 64), rel=0.02)
+    assert all_dense[name]["state"] == pytest.approx(4 * PUBLISHED["gpt2"], rel=1e-6)
 
 
 def test_a_config_file_or_its_folder(capsys, tmp_path):
@@ -129,12 +194,18 @@ def test_a_config_file_or_its_folder(capsys, tmp_path):
         assert run(capsys, str(path))[0]["parameters"] == PUBLISHED["gpt2"]
 
 
-def test_the_table(capsys):
-    assert _planner.main(["llama2-7b", "--devices", "4"]) == 0
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_the_table_is_whole(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert _planner.main(["llama2-7b", "--devices", "8"]) == 0
     text = capsys.readouterr().out
-    assert "6,738,415,616 parameters, bfloat16, 4 devices" in text
-    (line,) = (x for x in text.splitlines() if "MicroAdam" in x)
-    assert line.split()[-7:] == ["3.37", "3.37", "1.19", "7.93", "0.705", "16", "GB"]
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= columns
+    assert "6,738,415,616 parameters, bfloat16, 8 devices" in text
+    assert "parameters 1.68 GB, gradients 1.68 GB a device" in text
+    adam, line = (x for x in text.splitlines() if "bits" in x or "bfloat16 m" in x)
+    assert re.fullmatch(r"MicroAdam \(2, 6 %\), 4 bits +0.59 +0.705 +3.96 +16 GB", line)
+    assert re.fullmatch(r"Adam, bfloat16 moments +3.37 +4.000 +6.74 +16 GB", adam)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +215,14 @@ def test_the_table(capsys):
         ("{", [], "is not JSON"),
         ("[1]", [], "must hold a JSON object"),
         ('{"model_type": "t5"}', [], "model_type must be one of bert, gemma,"),
+        ('{"model_type": ["llama"]}', [], "model_type must be one of bert, gemma,"),
+        ('{"model_type": "gemma3"}', [], "text_config must be an object, got None"),
+        (
+            json.dumps({**MODELS["llama2-7b"], "num_hidden_layers": 100_000}),
+            [],
+            "num_hidden_layers must be at most 10,000, got 100,000",
+        ),
+        (json.dumps(MODELS["gpt2"]), ["--dense-below", "-5"], "invalid non-negative int"),
         ('{"model_type": "gpt2"}', [], "n_embd must be a positive integer, got None"),
         (
             '{"model_type": "gpt2", "n_embd": "768"}',
@@ -164,6 +243,14 @@ def test_errors_are_one_line_and_status_2(content, arguments, words, tmp_path, c
     assert stop.value.code == 2
     assert error.count("\n") == 1
     assert words in error
+
+
+def test_a_folder_without_a_config(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        _planner.main([str(tmp_path)])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.endswith(f"the folder {str(tmp_path)!r} has no config.json\n")
 
 
 def test_the_command_is_installed():

@@ -26,19 +26,22 @@ CACHED = os.environ | {
 
 def start(*arguments):
     sizes = (f"--{name}={size}" for name, size in SIZES.items())
-    command = [sys.executable, str(SCRIPT), "--quiet", *sizes, *map(str, arguments)]
+    command = [sys.executable, str(SCRIPT), *sizes, *map(str, arguments)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=CACHED
     )
 
 
 def run(folder, *arguments):
-    """The loss at each step."""
+    """The loss at each step; nothing is said but the last one."""
     curve = folder / "curve.json"
-    process = start("--curve", curve, *arguments)
+    process = start("--quiet", "--curve", curve, *arguments)
     out, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, out
-    return dict(json.loads(curve.read_text())["loss"])
+    losses = dict(json.loads(curve.read_text())["loss"])
+    last = max(losses)
+    assert out == f"loss {losses[last]:.4f} at step {last}\n"
+    return losses
 
 
 def children(process):
@@ -80,11 +83,21 @@ def test_fsdp_killed_and_restarted(tmp_path):
 
     # Eight devices in one process add the gradients up in another order than the two
     # processes do: float32 rounding apart, carried through every step.
-    alone = run(tmp_path, "--steps", STEPS, "--processes", 1, "--devices", 8)
+    once = ("--steps", STEPS, "--processes", 1, "--devices", 8)
+    once += ("--checkpoints", tmp_path / "alone", "--save-every", 7)
+    alone = run(tmp_path, *once)
     tolerance = STEPS * 8 * np.finfo(np.float32).eps
     np.testing.assert_allclose(
         list(alone.values()), list(unbroken.values()), rtol=tolerance
     )
+    # The last step is saved whatever divides it, and the same command has no more to do.
+    out, _ = start(*once).communicate(timeout=PATIENCE)
+    assert out == f"already at step {STEPS} of {STEPS}; nothing to do\n"
+    # With more to do it says what takes its time, and how far it is.
+    more = start("--steps", STEPS + 1, *once[2:])
+    out, _ = more.communicate(timeout=PATIENCE)
+    assert f"from step {STEPS}\ncompiling the training step ... " in out
+    assert f"{STEPS + 1}/{STEPS + 1}" in out
 
 
 @pytest.mark.parametrize("parallel", ["data", "zero"])
@@ -100,8 +113,22 @@ def test_two_devices_in_two_processes_or_in_one(parallel, tmp_path):
     assert all(a != b for a, b in itertools.pairwise(curves[0].values()))
 
 
-def test_errors_are_one_line():
-    refused = start("--batch", 7)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", 7], "--batch 7 is not a multiple of the 8 devices"),
+        (
+            ["--checkpoints", f"{__file__}/saved"],
+            f"--checkpoints: cannot write in {__file__}/saved: Not a directory",
+        ),
+        (
+            ["--curve", "/proc/curve.json"],
+            "--curve: cannot write /proc/curve.json: No such file or directory",
+        ),
+    ],
+)
+def test_errors_are_one_line(arguments, message):
+    refused = start(*arguments)
     out, _ = refused.communicate(timeout=PATIENCE)
     assert refused.returncode == 2
-    assert out.endswith("error: --batch 7 is not a multiple of the 8 devices\n")
+    assert out == f"train_sharded.py: error: {message}\n"
