@@ -26,9 +26,10 @@ class Step(NamedTuple):
 
     count: jax.Array  # type: ignore[assignment]  # int32, 1 at the first step
     ages: Any  # int32 (window - 1,), None at window 1
-    b1: jax.Array  # float32, like b2 and eps
+    b1: jax.Array  # float32, like b2, eps and eps_root
     b2: jax.Array
     eps: jax.Array
+    eps_root: jax.Array
     key: jax.Array | None  # a PRNG key for stochastic rounding
 
 
@@ -82,8 +83,9 @@ def update_blocks(leaf: Leaf, step: Step, settings: Settings) -> Leaf:
         )
         indices = indices.astype(leaf.indices.dtype)
         values = values.astype(leaf.values.dtype)
-    mu *= _moments.debias(step.b1, step.count)
-    nu *= _moments.debias(step.b2, step.count)
+    debias_mu, debias_nu = (_moments.debias(x, step.count) for x in (step.b1, step.b2))
+    mu *= debias_mu
+    nu = (nu + _moments.before(step.eps_root, debias_nu)) * debias_nu
     update = mu / (jnp.sqrt(nu) + step.eps)
     if alpha:
         error = _quantize.dequantize(codes, ranges, bits)

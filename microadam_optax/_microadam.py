@@ -24,6 +24,7 @@ def scale_by_microadam(
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
     *,
     window: int = 2,
     density: float = 0.06,
@@ -45,6 +46,7 @@ def scale_by_microadam(
       b1: Decay of the first moment; may be traced.
       b2: Decay of the second moment; may be traced.
       eps: Added to the root of the second moment; may be traced.
+      eps_root: Added to the second moment inside the root; may be traced.
       window: How many sparse gradients the moments are made of, the newest
         included. The state holds ``window - 1``.
       density: Share of the entries of each block that is selected, in (0, 1]:
@@ -107,7 +109,7 @@ def scale_by_microadam(
         seed=seed,
         implementation=implementation,
     )
-    _checks.check_decays(b1=b1, b2=b2, eps=eps)
+    _checks.check_decays(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
     settings = _states.Settings(
         window, density, block_size, error_bits, alpha, implementation
     )
@@ -148,8 +150,8 @@ def scale_by_microadam(
             layouts.append(at)
         float32 = functools.partial(jnp.asarray, dtype=jnp.float32)
         count = optax.safe_increment(state.count)
-        decays = float32(b1), float32(b2)
-        step = _leaf.Step(count, state.ages, *decays, float32(eps), None)
+        numbers = map(float32, (b1, b2, eps, eps_root))
+        step = _leaf.Step(count, state.ages, *numbers, None)
         if state.key is not None:
             key = jax.random.wrap_key_data(state.key)
             step = step._replace(key=jax.random.fold_in(key, state.count))
@@ -169,7 +171,7 @@ def scale_by_microadam(
     tx = optax.GradientTransformation(init_fn, update_fn)
     if dense is None:
         return tx
-    return _dense.partition(tx, optax.scale_by_adam(b1, b2, eps), dense)
+    return _dense.partition(tx, optax.scale_by_adam(b1, b2, eps, eps_root), dense)
 
 
 def microadam(
@@ -177,6 +179,7 @@ def microadam(
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
     *,
     window: int = 2,
     density: float = 0.06,
@@ -209,6 +212,7 @@ def microadam(
       b1: As in `scale_by_microadam`, like all that is not named here.
       b2: See `scale_by_microadam`.
       eps: See `scale_by_microadam`.
+      eps_root: See `scale_by_microadam`.
       window: See `scale_by_microadam`.
       density: See `scale_by_microadam`.
       block_size: See `scale_by_microadam`.
@@ -259,6 +263,7 @@ def microadam(
             b1,
             b2,
             eps,
+            eps_root,
             window=window,
             density=density,
             block_size=block_size,
