@@ -150,7 +150,7 @@ def scale_by_microadam(
             layouts.append(at)
         float32 = functools.partial(jnp.asarray, dtype=jnp.float32)
         count = optax.safe_increment(state.count)
-        numbers = map(float32, (b1, b2, eps, eps_root))
+        numbers = float32(b1), float32(b2), float32(eps), float32(eps_root)
         step = _leaf.Step(count, state.ages, *numbers, None)
         if state.key is not None:
             key = jax.random.wrap_key_data(state.key)
