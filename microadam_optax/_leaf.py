@@ -20,6 +20,8 @@ from microadam_optax import (
 )
 from microadam_optax._state import LeafState, Settings
 
+PRNG = "threefry2x32"  # of stochastic rounding, whatever JAX's default is
+
 
 class Step(NamedTuple):
     """The scalars that all blocks of a leaf share at one step."""
@@ -124,6 +126,11 @@ def update_leaf(
 def _update_leaf(
     leaf: Leaf, step: Step, after: jax.Array, at: _blocks.Layout, settings: Settings
 ) -> tuple[Leaf, jax.Array]:
+    manual = _specs.varying((leaf, step))
+    leaf, step = _specs.vary((leaf, step), manual)
+    if not _specs.varying(after) <= manual:
+        after = step.count  # waiting for it, this leaf would vary as well
+    after = _specs.vary(after, manual)
     cells = _blocks.split(leaf.gradient, at)
     if not at.padded:
         cells = cells.reshape(*at.grid, at.blocks, at.block)

@@ -75,7 +75,9 @@ def scale_by_microadam(
       A transformation whose state is a `MicroAdamState`, or with `dense` that of an
       `optax.partition` of the ``"compressed"`` and the ``"dense"`` leaves. Updates have
       the shapes and dtypes of the gradients (float16, bfloat16, float32 or float64);
-      the arithmetic is float32.
+      if `update` gets the parameters too, the dtype that holds both, as from
+      `optax.adam`: float32 where gradients are bfloat16 and parameters float32. The
+      arithmetic is float32.
 
     Raises:
       TypeError: an argument of the wrong type, or an integer or complex leaf.
@@ -124,9 +126,13 @@ def scale_by_microadam(
             at = _blocks.layout(jnp.shape(leaf), block_size, shards, cut)
             _checks.check_kernel(path, jnp.result_type(leaf), at, settings)
             layouts.append(at)
-        key = jax.random.key_data(jax.random.key(seed)) if stochastic_rounding else None
+        key = None
+        if stochastic_rounding:
+            key = jax.random.key_data(jax.random.key(seed, impl=_leaf.PRNG))
         states = [
-            _states.zeros(at, settings, _specs.of(leaf))
+            _specs.vary(
+                _states.zeros(at, settings, _specs.of(leaf)), _specs.varying(leaf)
+            )
             for (_, leaf), at in zip(leaves, layouts, strict=True)
         ]
         ages = _window.first(window - 1) if window > 1 else None
@@ -137,9 +143,8 @@ def scale_by_microadam(
         state: MicroAdamState,
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, MicroAdamState]:
-        del params
         _checks.check_structure(updates, state.codes)
-        leaves, tree = _flatten(updates)
+        leaves, tree = _flatten(_promoted(updates, params))
         states = _unpack(state, tree)
         layouts = []
         for (path, gradient), old in zip(leaves, states, strict=True):
@@ -150,10 +155,11 @@ def scale_by_microadam(
             layouts.append(at)
         float32 = functools.partial(jnp.asarray, dtype=jnp.float32)
         count = optax.safe_increment(state.count)
+        old_ages = None if state.ages is None else _window.valid(state.ages)
         numbers = float32(b1), float32(b2), float32(eps), float32(eps_root)
-        step = _leaf.Step(count, state.ages, *numbers, None)
+        step = _leaf.Step(count, old_ages, *numbers, None)
         if state.key is not None:
-            key = jax.random.wrap_key_data(state.key)
+            key = jax.random.wrap_key_data(state.key, impl=_leaf.PRNG)
             step = step._replace(key=jax.random.fold_in(key, state.count))
         new, after = [], state.count  # a number that is never negative
         for number, ((_, gradient), old, at) in enumerate(
@@ -163,7 +169,7 @@ def scale_by_microadam(
             own = _leaf.for_leaf(step, number)
             leaf, after = _leaf.update_leaf(leaf, own, after, at=at, settings=settings)
             new.append(leaf)
-        ages = None if state.ages is None else _window.older(state.ages)
+        ages = None if old_ages is None else _window.older(old_ages)
         new_states = [leaf.state for leaf in new]
         new_state = _pack(count, ages, new_states, tree, state.key)
         return tree.unflatten(leaf.gradient for leaf in new), new_state
@@ -284,6 +290,25 @@ def microadam(
 def _flatten(tree: Any) -> tuple[list[tuple[Any, Any]], Any]:
     """Leaves with their paths, and the structure."""
     return jax.tree_util.tree_flatten_with_path(tree)
+
+
+def _promoted(updates: Any, params: Any) -> Any:
+    """Gradients in the dtype that holds a gradient and its parameter."""
+    structures: list[Any] = [jax.tree.structure(x) for x in (updates, params)]
+    if structures[0] != structures[1]:
+        return updates  # no parameters, or not those of the gradients
+
+    def promote(gradient: Any, param: Any) -> Any:
+        own, other = (getattr(x, "dtype", None) for x in (gradient, param))
+        if own is None or other is None or own == other:
+            return gradient
+        floats = (jnp.issubdtype(x, jnp.floating) for x in (own, other))
+        if not all(floats) or other.itemsize < own.itemsize:
+            return gradient
+        with jax.numpy_dtype_promotion("standard"):
+            return jnp.asarray(gradient, jnp.promote_types(own, other))
+
+    return jax.tree.map(promote, updates, params)
 
 
 def _grids(grid: Any, params: Any) -> list[Any]:
