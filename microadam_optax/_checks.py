@@ -58,13 +58,15 @@ def check_arguments(
 
 
 def check_decays(**values: Any) -> None:
-    """Raises ValueError for decays or an eps that can only give NaN; arrays pass."""
+    """Raises ValueError for decays and epsilons that can only give NaN; arrays pass."""
     for argument, value in values.items():
         if not is_number(value):
             continue
         if argument == "eps":
             above = float(np.float32(value)) > 0
             _require(above, argument, "a number above 0", value)
+        elif argument == "eps_root":
+            _require(0 <= value < float("inf"), argument, "a number of at least 0", value)
         else:
             _require(0 <= value < 1, argument, "a number in [0, 1)", value)
 

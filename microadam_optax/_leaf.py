@@ -20,15 +20,18 @@ from microadam_optax import (
 )
 from microadam_optax._state import LeafState, Settings
 
+PRNG = "threefry2x32"  # of stochastic rounding, whatever JAX's default is
+
 
 class Step(NamedTuple):
     """The scalars that all blocks of a leaf share at one step."""
 
     count: jax.Array  # type: ignore[assignment]  # int32, 1 at the first step
     ages: Any  # int32 (window - 1,), None at window 1
-    b1: jax.Array  # float32, like b2 and eps
+    b1: jax.Array  # float32, like b2, eps and eps_root
     b2: jax.Array
     eps: jax.Array
+    eps_root: jax.Array
     key: jax.Array | None  # a PRNG key for stochastic rounding
 
 
@@ -82,8 +85,9 @@ def update_blocks(leaf: Leaf, step: Step, settings: Settings) -> Leaf:
         )
         indices = indices.astype(leaf.indices.dtype)
         values = values.astype(leaf.values.dtype)
-    mu *= _moments.debias(step.b1, step.count)
-    nu *= _moments.debias(step.b2, step.count)
+    debias_mu, debias_nu = (_moments.debias(x, step.count) for x in (step.b1, step.b2))
+    mu *= debias_mu
+    nu = (nu + _moments.before(step.eps_root, debias_nu)) * debias_nu
     update = mu / (jnp.sqrt(nu) + step.eps)
     if alpha:
         error = _quantize.dequantize(codes, ranges, bits)
@@ -122,6 +126,11 @@ def update_leaf(
 def _update_leaf(
     leaf: Leaf, step: Step, after: jax.Array, at: _blocks.Layout, settings: Settings
 ) -> tuple[Leaf, jax.Array]:
+    manual = _specs.varying((leaf, step))
+    leaf, step = _specs.vary((leaf, step), manual)
+    if not _specs.varying(after) <= manual:
+        after = step.count  # waiting for it, this leaf would vary as well
+    after = _specs.vary(after, manual)
     cells = _blocks.split(leaf.gradient, at)
     if not at.padded:
         cells = cells.reshape(*at.grid, at.blocks, at.block)

@@ -26,6 +26,7 @@ def scale_by_microadam(
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
     *,
     window: int = 2,
     density: float = 0.06,
@@ -47,6 +48,7 @@ def scale_by_microadam(
       b1: Decay of the first moment; may be traced.
       b2: Decay of the second moment; may be traced.
       eps: Added to the root of the second moment; may be traced.
+      eps_root: Added to the second moment inside the root; may be traced.
       window: How many sparse gradients the moments are made of, the newest
         included. The state holds ``window - 1``.
       density: Share of the entries of each block that is selected, in (0, 1]:
@@ -73,8 +75,10 @@ def scale_by_microadam(
 
     Returns:
       A transformation whose state is a `MicroAdamState`. Updates have the shapes and
-      dtypes of the gradients (float16, bfloat16, float32 or float64); the arithmetic is
-      float32. Those of dense leaves are optax's, in its arithmetic.
+      dtypes of the gradients (float16, bfloat16, float32 or float64); if `update` gets
+      the parameters too, the dtype that holds both, as from `optax.adam`: float32 where
+      gradients are bfloat16 and parameters float32. The arithmetic is float32. Updates of
+      dense leaves are optax's, in its arithmetic.
 
     Raises:
       TypeError: an argument of the wrong type, or an integer or complex leaf.
@@ -108,13 +112,13 @@ def scale_by_microadam(
         seed=seed,
         implementation=implementation,
     )
-    _checks.check_decays(b1=b1, b2=b2, eps=eps)
+    _checks.check_decays(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
     settings = _states.Settings(
         window, density, block_size, error_bits, alpha, implementation
     )
 
     _dense.check_function(dense)
-    adam = optax.scale_by_adam(b1, b2, eps)
+    adam = optax.scale_by_adam(b1, b2, eps, eps_root)
 
     def init_fn(params: optax.Params) -> MicroAdamState:
         leaves, tree = _flatten(params)
@@ -128,13 +132,17 @@ def scale_by_microadam(
             if not is_dense:
                 _checks.check_kernel(path, jnp.result_type(leaf), at, settings)
             layouts.append(at)
-        key = jax.random.key_data(jax.random.key(seed)) if stochastic_rounding else None
+        key = None
+        if stochastic_rounding:
+            key = jax.random.key_data(jax.random.key(seed, impl=_leaf.PRNG))
         moments = adam.init([x for (_, x), d in zip(leaves, choices, strict=True) if d])
         pairs = zip(moments.mu, moments.nu, strict=True)
         states = [
             _states.Moments(*next(pairs))
             if is_dense
-            else _states.zeros(at, settings, _specs.of(leaf))
+            else _specs.vary(
+                _states.zeros(at, settings, _specs.of(leaf)), _specs.varying(leaf)
+            )
             for (_, leaf), is_dense, at in zip(leaves, choices, layouts, strict=True)
         ]
         ages = _window.first(window - 1) if window > 1 else None
@@ -145,7 +153,6 @@ def scale_by_microadam(
         state: MicroAdamState,
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, MicroAdamState]:
-        del params
         _fit.check_structure(updates, state)
         leaves, tree = _flatten(updates)
         choices = _dense.choose(dense, updates)
@@ -160,13 +167,14 @@ def scale_by_microadam(
             layouts.append(at)
         float32 = functools.partial(jnp.asarray, dtype=jnp.float32)
         count = optax.safe_increment(state.count)
-        decays = float32(b1), float32(b2)
-        step = _leaf.Step(count, state.ages, *decays, float32(eps), None)
+        old_ages = None if state.ages is None else _window.valid(state.ages)
+        numbers = float32(b1), float32(b2), float32(eps), float32(eps_root)
+        step = _leaf.Step(count, old_ages, *numbers, None)
         if state.key is not None:
-            key = jax.random.wrap_key_data(state.key)
+            key = jax.random.wrap_key_data(state.key, impl=_leaf.PRNG)
             step = step._replace(key=jax.random.fold_in(key, state.count))
-        gradients = [gradient for _, gradient in leaves]
-        new = _update_dense(adam, gradients, states, state.count)
+        new = _update_dense(adam, [x for _, x in leaves], states, state.count)
+        gradients = jax.tree.leaves(_promoted(updates, params))
         after = state.count  # a number that is never negative
         for number, (gradient, old, at) in enumerate(
             zip(gradients, states, layouts, strict=True)
@@ -178,7 +186,7 @@ def scale_by_microadam(
                     leaf, own, after, at=at, settings=settings
                 )
                 new[number] = leaf.gradient, leaf.state
-        ages = None if state.ages is None else _window.older(state.ages)
+        ages = None if old_ages is None else _window.older(old_ages)
         results = [new[number] for number in range(len(leaves))]
         new_state = _states.pack(count, ages, state.key, [x for _, x in results], tree)
         return tree.unflatten(x for x, _ in results), new_state
@@ -206,6 +214,7 @@ def microadam(
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
     *,
     window: int = 2,
     density: float = 0.06,
@@ -238,6 +247,7 @@ def microadam(
       b1: As in `scale_by_microadam`, like all that is not named here.
       b2: See `scale_by_microadam`.
       eps: See `scale_by_microadam`.
+      eps_root: See `scale_by_microadam`.
       window: See `scale_by_microadam`.
       density: See `scale_by_microadam`.
       block_size: See `scale_by_microadam`.
@@ -287,6 +297,7 @@ def microadam(
             b1,
             b2,
             eps,
+            eps_root,
             window=window,
             density=density,
             block_size=block_size,
@@ -333,6 +344,25 @@ def static_args(make: Callable[..., Any]) -> tuple[str, ...]:
 def _flatten(tree: Any) -> tuple[list[tuple[Any, Any]], Any]:
     """Leaves with their paths, and the structure."""
     return jax.tree_util.tree_flatten_with_path(tree)
+
+
+def _promoted(updates: Any, params: Any) -> Any:
+    """Gradients in the dtype that holds a gradient and its parameter."""
+    structures: list[Any] = [jax.tree.structure(x) for x in (updates, params)]
+    if structures[0] != structures[1]:
+        return updates  # no parameters, or not those of the gradients
+
+    def promote(gradient: Any, param: Any) -> Any:
+        own, other = (getattr(x, "dtype", None) for x in (gradient, param))
+        if own is None or other is None or own == other:
+            return gradient
+        floats = (jnp.issubdtype(x, jnp.floating) for x in (own, other))
+        if not all(floats) or other.itemsize < own.itemsize:
+            return gradient
+        with jax.numpy_dtype_promotion("standard"):
+            return jnp.asarray(gradient, jnp.promote_types(own, other))
+
+    return jax.tree.map(promote, updates, params)
 
 
 def _grids(grid: Any, params: Any) -> list[Any]:

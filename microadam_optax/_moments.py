@@ -69,6 +69,14 @@ def debias(decay: jax.Array, count: jax.Array) -> jax.Array:
     return complement / -jnp.expm1(count.astype(jnp.float32) * jnp.log1p(-complement))
 
 
+def before(eps_root: jax.Array, debias_nu: jax.Array) -> jax.Array:
+    """What is added to nu before it is debiased, to add `eps_root` to it.
+
+    Added to the product, XLA might do both in a fused multiply-add.
+    """
+    return eps_root / debias_nu
+
+
 def _compare(newest, indices, values, mu_weights, nu_weights):
     """Every entry against every lane: fuses into one pass, for few entries."""
     lane = lax.broadcasted_iota(jnp.int32, newest.shape, newest.ndim - 1)

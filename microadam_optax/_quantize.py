@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 ABOVE = 1.004  # rounded to bfloat16, a number times this is not less than it was
+INFINITY, SIGN = 0x7F800000, -(2**31)  # bits of float32, as int32
 SMALLEST = 2.0**-100  # a step; what arises on the way is far from denormal
 
 
@@ -32,7 +33,7 @@ def quantize(
       the step and the code of zero of each row. A row that is not finite has a step
       that is not.
     """
-    low, high = (f(x, axis=-1, keepdims=True, initial=0) for f in (jnp.min, jnp.max))
+    low, high = ends(x)
     steps = 2**bits - (1 if noise is None else 2)
     step = lax.reduce_precision((high - low) * jnp.float32(ABOVE / steps), 8, 7)
     step = jnp.where(step < SMALLEST, 0, step)
@@ -45,6 +46,24 @@ def quantize(
     zero, code = (jnp.where(finite, y, 0) for y in (zero, point + zero))
     ranges = jnp.concatenate([step, zero], axis=-1).astype(jnp.bfloat16)
     return pack(code.astype(jnp.uint8), bits), ranges
+
+
+def ends(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The least and the greatest of each row and zero; NaN where the row has one.
+
+    Compared as integers, in whose order the floats of either sign are: XLA for CPU
+    loses NaN in maxima of floats.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    high, low = (
+        jnp.max(y, axis=-1, keepdims=True, initial=0) for y in (bits, bits ^ SIGN)
+    )
+    nan = jnp.maximum(high, low) > INFINITY
+    low, high = (
+        jnp.where(nan, jnp.nan, lax.bitcast_convert_type(y, jnp.float32))
+        for y in (low, high)
+    )
+    return -low, high
 
 
 def multiple(x: jax.Array, step: jax.Array, half: float) -> tuple[jax.Array, jax.Array]:

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 
@@ -52,6 +53,21 @@ def of_cells(array: jax.Array, rank: int) -> NamedSharding:
     """The sharding of a leaf whose grid is sharded like an array of its state."""
     sharding = jax.typeof(array).sharding
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:rank]))
+
+
+def varying(tree: Any) -> frozenset[Any]:
+    """Mesh axes over which any of the arrays varies, inside `jax.shard_map`."""
+    axes = (jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree))
+    return frozenset().union(*axes)
+
+
+def vary(tree: Any, axes: frozenset[Any]) -> Any:
+    """The arrays, each of a type that varies over those axes."""
+
+    def cast(x: jax.Array) -> jax.Array:
+        return lax.pcast(x, tuple(sorted(axes - varying(x))), to="varying")
+
+    return jax.tree.map(cast, tree)
 
 
 def devices() -> int:

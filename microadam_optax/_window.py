@@ -20,6 +20,11 @@ def first(slots: int) -> jax.Array:
     return jnp.arange(slots, 0, -1, dtype=jnp.int32)
 
 
+def valid(ages: jax.Array) -> jax.Array:
+    """The ages; those before the first step if all are 0, as in a state of zeros."""
+    return jnp.where(jnp.any(ages > 0), ages, first(ages.size))
+
+
 def older(ages: jax.Array) -> jax.Array:
     """The ages one step later: the oldest slot has been written and is the newest."""
     return ages % ages.size + 1

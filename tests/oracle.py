@@ -24,6 +24,7 @@ class Options:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    eps_root: float = 0.0
     window: int = 2
     density: float = 0.06
     block_size: int = 256
@@ -154,7 +155,8 @@ def moments_to_update(window, t, b, options):
                 mu += c1 * b1**age * entries[i]
                 nu += c2 * b2**age * entries[i] ** 2
                 size += c1 * b1**age * abs(entries[i])
-        denominator = math.sqrt(nu) + float(np.float32(options.eps))
+        root = math.sqrt(nu + float(np.float32(options.eps_root)))
+        denominator = root + float(np.float32(options.eps))
         update.append(mu / denominator)
         # A rounding for each term summed, and for each factor, power and root.
         roundings = 2 * len(window) + 12

@@ -22,9 +22,11 @@ def gradients(steps, shape=(20, 30)):
 
 
 @pytest.mark.promotes
-def test_density_1_within_the_window_is_adam():
+@pytest.mark.parametrize("eps_root", [0.0, 0.3])
+def test_density_1_within_the_window_is_adam(eps_root):
     window = 5
-    ours, adam = scale_by_microadam(window=window, density=1.0), optax.scale_by_adam()
+    ours = scale_by_microadam(eps_root=eps_root, window=window, density=1.0)
+    adam = optax.scale_by_adam(eps_root=eps_root)
     state, adam_state = (tx.init(jnp.zeros((20, 30))) for tx in (ours, adam))
     for gradient in gradients(window):
         updates, state = ours.update(gradient, state)
@@ -84,8 +86,9 @@ def test_a_selected_entry_at_window_1_moves_by_a_constant():
         np.testing.assert_allclose(moved, mu / nu**0.5, rtol=1e-4)
 
 
-def test_jit_and_eager_agree():
-    ours = scale_by_microadam(window=3, density=0.1)
+@pytest.mark.parametrize("eps_root", [0.0, 0.3])
+def test_jit_and_eager_agree(eps_root):
+    ours = scale_by_microadam(eps_root=eps_root, window=3, density=0.1)
     states = [ours.init(jnp.zeros((20, 30))) for _ in range(2)]
     for gradient in gradients(5):
         eager, states[0] = ours.update(gradient, states[0])

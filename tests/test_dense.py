@@ -71,9 +71,9 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_each_leaf_is_updated_by_its_own(way):
     """Dense leaves as by Adam, the others as by MicroAdam that knows only them."""
-    ours, _ = run(scale_by_microadam(0.8, 0.99, 1e-6, dense=WAYS[way], **SETTINGS))
-    adam, _ = run(optax.scale_by_adam(0.8, 0.99, 1e-6))
-    micro, _ = run(scale_by_microadam(0.8, 0.99, 1e-6, **SETTINGS))
+    ours, _ = run(scale_by_microadam(0.8, 0.99, 1e-6, 1e-3, dense=WAYS[way], **SETTINGS))
+    adam, _ = run(optax.scale_by_adam(0.8, 0.99, 1e-6, 1e-3))
+    micro, _ = run(scale_by_microadam(0.8, 0.99, 1e-6, 1e-3, **SETTINGS))
     for mine, dense, sparse in zip(ours, adam, micro, strict=True):
         expected = jax.tree.map(
             lambda kernel, d, s: s if kernel else d, KERNELS, dense, sparse

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from compressed import microadam
+from compressed import microadam, scale_by_microadam
 
 STEPS = 8
 TX = microadam(1e-2, window=3, density=0.06)
@@ -117,3 +117,16 @@ def test_states_of_other_models_are_refused():
         ValueError, match=r"The optimizer state of \['w'\] is not that of"
     ):
         jax.jit(TX.update)(reshaped, state, reshaped)
+
+
+@pytest.mark.parametrize("shape", [(40, 64), (512, 1024)])  # whole, and in pieces
+def test_stochastic_rounding_does_not_depend_on_the_default_generator(shape):
+    tx = scale_by_microadam(stochastic_rounding=True, seed=3)
+    gradient = jax.random.normal(jax.random.key(0), shape)
+    state = tx.init(gradient)
+    want = jax.jit(tx.update)(gradient, state)
+    for name in ("rbg", "unsafe_rbg"):
+        with jax.default_prng_impl(name):
+            np.testing.assert_array_equal(tx.init(gradient).key, state.key)
+            got = jax.jit(tx.update)(gradient, state)
+        assert digest(got) == digest(want)

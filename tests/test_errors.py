@@ -32,6 +32,8 @@ OUT_OF_RANGE = [
     ("b2", 1.0),
     ("eps", 0.0),  # what is not selected would be 0 / 0
     ("eps", 1e-60),  # 0 in float32
+    ("eps_root", -1e-8),
+    ("eps_root", float("inf")),
 ]
 WRONG_TYPE = [
     ("window", 2.0),

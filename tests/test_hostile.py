@@ -209,6 +209,29 @@ def test_what_is_not_finite_shows_and_stays_in_its_block(kind, implementation):
 
 
 @pytest.mark.makes_nan
+@pytest.mark.parametrize("shape", [(64, 64), (8192, 64)])  # whole, and in pieces
+@pytest.mark.parametrize("k", [1, 4])
+def test_what_is_not_finite_is_never_forgotten(shape, k):
+    """More of it than is selected, wherever in a block: the error's step shows it."""
+    tx = scale_by_microadam(density=k / 64, shards=1, block_size=64, implementation="xla")
+    update, state = jax.jit(tx.update), tx.init(jnp.zeros(shape))
+    g = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    _, state = update(jnp.asarray(g), state)
+    bad, rows = g.copy(), np.arange(64)
+    for i in range(k + 1):
+        bad[rows, (rows + i) % 64] = (np.nan, np.inf, -np.inf)[i % 3]
+    bad[rows[::2], rows[::2]] = -np.nan
+    updates, state = update(jnp.asarray(bad), state)
+    for _ in range(3):
+        assert not np.isfinite(np.asarray(updates[:64])).all(-1).any()
+        assert np.isfinite(updates[64:]).all()
+        steps = np.asarray(state.ranges, np.float32)[..., 0].ravel()
+        assert not np.isfinite(steps[:64]).any()
+        assert np.isfinite(steps[64:]).all()
+        updates, state = update(jnp.asarray(g), state)
+
+
+@pytest.mark.makes_nan
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_apply_if_finite_keeps_it_out(bad):
     tx = optax.apply_if_finite(microadam(0.1, window=3, density=0.06), 5)

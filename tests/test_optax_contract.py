@@ -233,5 +233,6 @@ def test_inject_hyperparams_with_the_structural_arguments_named():
         "b1",
         "b2",
         "eps",
+        "eps_root",
         "weight_decay",
     }

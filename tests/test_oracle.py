@@ -40,6 +40,8 @@ CASES = {
         "stochastic_rounding": True,
         "seed": 7,
     },
+    "eps_root": {"b2": 0.9, "eps_root": 0.01, "window": 3, "density": 0.1},
+    "eps_root, window 1": {"eps": 1e-12, "eps_root": 1e-6, "window": 1, "density": 0.12},
     "decays": {"b1": 0.0, "b2": 0.9, "eps": 1e-3, "window": 3, "density": 0.1},
 }
 

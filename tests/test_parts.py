@@ -114,6 +114,17 @@ def test_quantizing_errs_by_half_a_step(bits, numbers, scale):
         assert not back.any()
 
 
+@pytest.mark.makes_nan
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("number", [2, 64])  # XLA for CPU loses NaN from 4,096 on
+def test_what_is_not_finite_has_such_a_step(number, bad):
+    for bits in (2, 4, 8):
+        x = jnp.where(jnp.eye(64, dtype=bool), bad, jnp.ones((number, 64, 64)))
+        for noise in (None, jnp.zeros_like(x)):
+            _, ranges = jax.jit(_quantize.quantize, static_argnums=1)(x, bits, noise)
+            assert not np.isfinite(np.asarray(ranges, np.float32)[..., 0]).any()
+
+
 @given(
     BITS,
     st.booleans(),
@@ -242,6 +253,21 @@ def test_the_window_holds_the_last_writes(slots, steps):
     assert sorted(w for w in written if w is not None) == list(
         range(max(0, steps - slots), steps)
     )
+
+
+@pytest.mark.parametrize("window", [2, 4])
+def test_a_state_of_zeros_is_a_fresh_one(window):
+    """Its slots are used in turn."""
+    tx = scale_by_microadam(window=window, density=0.1)
+    gradient = jnp.asarray(rows(100, 3))
+    fresh = tx.init(gradient)
+    states = [fresh, jax.tree.map(jnp.zeros_like, fresh)]
+    for step in range(2 * window):
+        both = [tx.update(gradient * (1 + step), state) for state in states]
+        states = [state for _, state in both]
+        np.testing.assert_array_equal(both[0][0], both[1][0])
+        np.testing.assert_array_equal(*(state.ages for state in states))
+        np.testing.assert_array_equal(*(state.values for state in states))
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5])

@@ -65,8 +65,10 @@ def update(
       The update in the gradient's place and the new state, written over the old if
       that is donated.
     """
-    debias = (_moments.debias(decay, step.count) for decay in (step.b1, step.b2))
-    scalars = Scalars(jnp.stack([*debias, step.eps]), None, None)
+    debias_mu, debias_nu = (_moments.debias(x, step.count) for x in (step.b1, step.b2))
+    root = _moments.before(step.eps_root, debias_nu)
+    factors = jnp.stack([debias_mu, debias_nu, step.eps, root])
+    scalars = Scalars(factors, None, None)
     k = settings.k(at.block)
     if settings.window > 1:
         start = _window.start(step.ages, k)[None]

@@ -50,7 +50,8 @@ def like(rows: Rows) -> Rows:
 class Scalars(NamedTuple):
     """What all rows share."""
 
-    factors: Any  # float32 (3,): the debiasing of mu and nu, and eps
+    # float32 (4,): the debiasing of mu and nu, eps, and eps_root before the debiasing
+    factors: Any
     start: Any  # int32 (1,), where the oldest slot begins; None at window 1
     weights: Any  # float32 (2, window - 1), of the slots in mu and nu; or None
 
@@ -194,12 +195,13 @@ def rescale(
     debias_mu: jax.Array,
     debias_nu: jax.Array,
     eps: jax.Array,
+    eps_root: jax.Array,
     dtype: Any,
     mu: jax.Array,
     nu: jax.Array,
 ) -> jax.Array:
     """The update."""
-    update = debias_mu * mu / (jnp.sqrt(debias_nu * nu) + eps)
+    update = debias_mu * mu / (jnp.sqrt(debias_nu * (nu + eps_root)) + eps)
     return _moments.cast(update, dtype)
 
 

@@ -73,9 +73,9 @@ def _update_rows(
     window = 1 if old.indices is None else 1 + old.indices.shape[1] // launch.k
     lanes = _lanes(width, window, launch.k)
     store = functools.partial(_store, interpret=launch.interpret)
-    debias_mu, debias_nu, eps = (scalars.factors[i] for i in range(3))
+    debias_mu, debias_nu, eps, root = (scalars.factors[i] for i in range(4))
     dtype = new.gradient.dtype
-    rescale = functools.partial(_rows.rescale, debias_mu, debias_nu, eps, dtype)
+    rescale = functools.partial(_rows.rescale, debias_mu, debias_nu, eps, root, dtype)
     place = _place(old, launch, rows)
     lane = lax.broadcasted_iota(jnp.int32, (1, lanes), 1)
     columns = [lane + first for first in range(0, width, lanes)]

@@ -81,9 +81,9 @@ def _update_rows(old: Rows, scalars: Scalars, new: Rows, launch: Launch) -> None
     if old.indices is not None:
         moments = _add_stored(moments, old, scalars, at, launch.k)
         _write_slot(old, new, scalars.start[0], chosen.masks, newest, at, launch.k)
-    debias_mu, debias_nu, eps = (scalars.factors[i] for i in range(3))
+    debias_mu, debias_nu, eps, root = (scalars.factors[i] for i in range(4))
     dtype = new.gradient.dtype
-    rescale = functools.partial(_rows.rescale, debias_mu, debias_nu, eps, dtype)
+    rescale = functools.partial(_rows.rescale, debias_mu, debias_nu, eps, root, dtype)
     for part, (mu, nu) in zip(parts, moments, strict=True):
         columns = slice(part * width, (part + 1) * width)
         new.gradient[:, columns] = rescale(mu, nu)
