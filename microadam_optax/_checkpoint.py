@@ -121,8 +121,9 @@ def _check_leaf(
         window = 1 if ages is None else ages.size + 1
         codes = states[-1].codes
         forms.append(form_of(shape, states[-1], window) if codes else None)
-    if all(state.codes for state in states) and forms[1]:
-        check_form(path, shape, states[0], *forms)
+    made, asked = forms
+    if asked and states[0].codes:
+        check_form(path, shape, states[0], made, asked)
 
 
 def _arrays(tree: Any) -> dict[Names, jax.ShapeDtypeStruct]:

@@ -179,13 +179,12 @@ def scale_by_microadam(
         for number, (gradient, old, at) in enumerate(
             zip(gradients, states, layouts, strict=True)
         ):
-            if at is not None:
-                leaf = _leaf.Leaf(jnp.asarray(gradient), *old, None)
-                own = _leaf.for_leaf(step, number)
-                leaf, after = _leaf.update_leaf(
-                    leaf, own, after, at=at, settings=settings
-                )
-                new[number] = leaf.gradient, leaf.state
+            if at is None or isinstance(old, _states.Moments):
+                continue
+            leaf = _leaf.Leaf(jnp.asarray(gradient), *old, None)
+            own = _leaf.for_leaf(step, number)
+            leaf, after = _leaf.update_leaf(leaf, own, after, at=at, settings=settings)
+            new[number] = leaf.gradient, leaf.state
         ages = None if old_ages is None else _window.older(old_ages)
         results = [new[number] for number in range(len(leaves))]
         new_state = _states.pack(count, ages, state.key, [x for _, x in results], tree)

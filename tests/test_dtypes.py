@@ -31,8 +31,9 @@ def test_updates_have_the_dtype_of_adam(own, param):
             assert jax.tree.map(jnp.dtype, state) == jax.tree.map(jnp.dtype, after)
 
 
+@pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize(("own", "param"), PAIRS)
-def test_parameters_change_no_bit_of_the_state(own, param, strict):
+def test_parameters_change_no_bit_of_the_state(own, param):
     """And an update is the one that is rounded to the gradient's dtype without them."""
     tx = scale_by_microadam()
     g, params = gradient(own), jnp.ones((5, 60), param)
