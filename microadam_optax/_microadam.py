@@ -201,6 +201,8 @@ def _update_dense(
 ) -> dict[int, tuple[Any, Any]]:
     """Updates and states of the dense leaves, by their number."""
     dense = {i: x for i, x in enumerate(states) if isinstance(x, _states.Moments)}
+    if not dense:
+        return {}
     mu, nu = ([getattr(x, name) for x in dense.values()] for name in ("mu", "nu"))
     old = optax.ScaleByAdamState(count, mu, nu)
     updates, new = adam.update([gradients[i] for i in dense], old)

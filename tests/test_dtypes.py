@@ -1,5 +1,6 @@
 """Gradients and parameters of different dtypes: updates have that of optax.adam's."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,8 +29,7 @@ def test_updates_have_the_dtype_of_adam(own, param):
         updates, after = jax.jit(tx.update)(g, state, params)
         assert updates.dtype == want.dtype
         if dense is None:
-            for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
-                assert old.dtype == new.dtype
+            chex.assert_trees_all_equal_dtypes(state, after)
 
 
 @pytest.mark.usefixtures("strict")
