@@ -105,17 +105,13 @@ def test_one_transformation_serves_two_models_in_two_threads():
 def test_states_of_other_models_are_refused():
     (one, _), (other, _) = model(24), model(56)
     state = TX.init(one)
-    with pytest.raises(
-        ValueError, match=r"The optimizer state of \['b'\] is not that of"
-    ):
+    with pytest.raises(ValueError, match=r"\['b'\] is that of .* \(24,\) .* \(56,\)"):
         TX.update(other, state, other)
     renamed = {"v": one["w"], "b": one["b"]}
     with pytest.raises(ValueError, match=r"there is no gradient for \['w'\]"):
         TX.update(renamed, state, renamed)
     reshaped = {"w": one["w"].reshape(20, 48), "b": one["b"]}
-    with pytest.raises(
-        ValueError, match=r"The optimizer state of \['w'\] is not that of"
-    ):
+    with pytest.raises(ValueError, match=r"\['w'\] is (not )?that of .* \(20, 48\)"):
         jax.jit(TX.update)(reshaped, state, reshaped)
 
 
