@@ -170,6 +170,9 @@ def train(args: argparse.Namespace, text: np.ndarray) -> dict[str, list]:
     batch = batch_at(done + 1, train_text, args, rows)
     with compiling("the training step", quiet):
         step = step.lower(params, opt_state, batch).compile()
+        # Gloo gives up where a process comes half a minute late to the first collective.
+        everybody = set(range(jax.process_count()))
+        ocp.multihost.sync_global_processes("compiled", processes=everybody)
     curve: list[tuple[int, float]] = []
     with tqdm(total=args.steps, initial=done, unit="step", disable=quiet) as bar:
         for number in range(done + 1, args.steps + 1):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -71,8 +72,9 @@ def update_blocks(leaf: Leaf, step: Step, settings: Settings) -> Leaf:
     error = _quantize.dequantize(leaf.codes, leaf.ranges, bits)
     accumulated = _moments.bounded(_float32(leaf.gradient) + error)
     selected = _topk.largest(accumulated, k)
-    newest = jnp.where(selected, lax.reduce_precision(accumulated, 8, 7), 0)
-    rest = jnp.where(selected, 0, accumulated)
+    newest = jnp.where(selected, _moments.reduced(accumulated, 7), 0)
+    # What is stored as codes has no derivative, nor do the steps between them.
+    rest = jnp.where(selected, 0, lax.stop_gradient(accumulated))
     codes, ranges = _quantize.quantize(rest, bits, noise(0))
     if window == 1:
         indices = values = None
@@ -88,7 +90,7 @@ def update_blocks(leaf: Leaf, step: Step, settings: Settings) -> Leaf:
     debias_mu, debias_nu = (_moments.debias(x, step.count) for x in (step.b1, step.b2))
     mu *= debias_mu
     nu = (nu + _moments.before(step.eps_root, debias_nu)) * debias_nu
-    update = mu / (jnp.sqrt(nu) + step.eps)
+    update = _moments.ratio(mu, nu, step.eps)
     if alpha:
         error = _quantize.dequantize(codes, ranges, bits)
         update += _moments.rounded(alpha * error)
@@ -140,8 +142,6 @@ def _update_leaf(
         rows = jnp.arange(math.prod(lead), dtype=jnp.uint32).reshape(lead)
     leaf = leaf._replace(gradient=cells, rows=rows)
 
-    f = functools.partial(update_blocks, step=step, settings=settings)
-    starts = _starts(leaf, step.ages)
     axes = range(len(at.grid) + (not at.padded))
     axis, chunks = _chunks.plan(cells.shape, axes, _specs.devices())
 
@@ -152,11 +152,14 @@ def _update_leaf(
     def unpad(leaf: Leaf) -> Leaf:
         return leaf._replace(gradient=_blocks.unpad(leaf.gradient, at.cell))
 
-    def whole(leaf: Leaf, after: jax.Array) -> tuple[Leaf, jax.Array]:
-        new = unpad(f(pad(leaf))) if at.padded else f(leaf)
-        return _chunks.write(leaf, new, starts), after
+    def whole(leaf: Leaf, step: Step, after: jax.Array) -> tuple[Leaf, jax.Array]:
+        new = update_blocks(pad(leaf) if at.padded else leaf, step, settings)
+        new = unpad(new) if at.padded else new
+        return _chunks.write(leaf, new, _starts(leaf, step.ages)), after
 
-    def in_chunks(leaf: Leaf, after: jax.Array) -> tuple[Leaf, jax.Array]:
+    def in_chunks(leaf: Leaf, step: Step, after: jax.Array) -> tuple[Leaf, jax.Array]:
+        f = functools.partial(update_blocks, step=step, settings=settings)
+        starts = _starts(leaf, step.ages)
         fence = functools.partial(_chunks.fence, always=step.count >= 0)
 
         def piece(leaf: Leaf) -> Leaf:
@@ -171,7 +174,7 @@ def _update_leaf(
         return _chunks.in_chunks(piece, leaf, starts, axis, chunks, after)
 
     def kernel(
-        platform: str, interpret: bool, leaf: Leaf, after: jax.Array
+        platform: str, interpret: bool, leaf: Leaf, step: Step, after: jax.Array
     ) -> tuple[Leaf, jax.Array]:
         flat = leaf._replace(gradient=leaf.gradient.reshape(*at.grid, at.cell))
         new = _implementation.kernels().update(
@@ -182,15 +185,23 @@ def _update_leaf(
 
     xla = {"default": whole}
     if chunks > 1:
-        xla = {"cuda": whole, "rocm": whole, "default": in_chunks}
+        pieces = derived_as(whole, in_chunks)
+        xla = {"cuda": whole, "rocm": whole, "default": pieces}
     possible = _implementation.may_use_kernel(
         at, leaf.gradient.dtype, settings, stochastic=step.key is not None
     )
     leaf, after = _implementation.run(
-        settings.implementation, xla, kernel if possible else None, leaf, after
+        settings.implementation, xla, kernel if possible else None, leaf, step, after
     )
     update = _blocks.join(leaf.gradient.reshape(*at.grid, at.cell), at)
     return leaf._replace(gradient=update, rows=None), after
+
+
+def derived_as(g: Callable, f: Callable) -> Callable:
+    """`f` with the derivatives of `g`, which computes the same in another way."""
+    f = jax.custom_jvp(f)
+    f.defjvp(lambda primals, tangents: jax.jvp(g, primals, tangents))
+    return f
 
 
 def for_leaf(step: Step, number: int) -> Step:

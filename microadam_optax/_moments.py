@@ -1,5 +1,6 @@
 """Adam's moments, rebuilt from the window's sparse gradients."""
 
+import functools
 from typing import Any
 
 import jax
@@ -60,13 +61,54 @@ def rounded(product: jax.Array) -> jax.Array:
     Else XLA may add it with all its bits, in a fused multiply-add, in one program
     and not in another.
     """
-    return lax.reduce_precision(product, 8, 22)
+    return reduced(product, 22)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def reduced(x: jax.Array, mantissa: int) -> jax.Array:
+    """float32 rounded to so many bits of mantissa; its derivative is 1, unrounded."""
+    return lax.reduce_precision(x, 8, mantissa)
+
+
+@reduced.defjvp
+def _reduced_jvp(mantissa, primals, tangents):
+    return reduced(*primals, mantissa), *tangents
+
+
+@jax.custom_jvp
 def debias(decay: jax.Array, count: jax.Array) -> jax.Array:
     """``(1 - decay) / (1 - decay**count)`` without cancellation, float32."""
-    complement = 1 - decay
-    return complement / -jnp.expm1(count.astype(jnp.float32) * jnp.log1p(-complement))
+    return (1 - decay) / _one_minus_power(decay, count)
+
+
+def _one_minus_power(decay: jax.Array, count: jax.Array) -> jax.Array:
+    return -jnp.expm1(count.astype(jnp.float32) * jnp.log1p(-(1 - decay)))
+
+
+@debias.defjvp
+def _debias_jvp(primals, tangents):
+    """Also at a decay of 0, whose logarithm has no derivative."""
+    decay, count = primals
+    steps, below = count.astype(jnp.float32), _one_minus_power(decay, count)
+    slope = ((1 - decay) * steps * jnp.power(decay, steps - 1) - below) / below**2
+    return debias(decay, count), slope * tangents[0]
+
+
+@jax.custom_jvp
+def ratio(mu: jax.Array, nu: jax.Array, eps: jax.Array) -> jax.Array:
+    """``mu / (sqrt(nu) + eps)``."""
+    return mu / (jnp.sqrt(nu) + eps)
+
+
+@ratio.defjvp
+def _ratio_jvp(primals, tangents):
+    """At a nu of 0 the root has the derivative 0, as Adam's has with an eps_root."""
+    mu, nu, eps = primals
+    root = jnp.sqrt(nu)
+    slope = jnp.where(root > 0, 0.5 / jnp.where(root > 0, root, 1), 0)
+    update = ratio(mu, nu, eps)
+    below = slope * tangents[1] + tangents[2]
+    return update, (tangents[0] - update * below) / (root + eps)
 
 
 def before(eps_root: jax.Array, debias_nu: jax.Array) -> jax.Array:
