@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from microadam_optax import microadam, scale_by_microadam
+from compressed import microadam, scale_by_microadam
 
 WHOLE, CHUNKED = (40, 256), (512, 1024)
 NUMBERS = {"b1": 0.8, "b2": 0.9, "eps": 1e-3, "eps_root": 0.05}
