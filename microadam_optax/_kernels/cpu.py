@@ -1,0 +1,37 @@
+"""The update of blocks on CPUs: the loops of `cpu_block.py`, called by XLA.
+
+Nothing here imports numba, which compiles them, before an update is traced.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from microadam_optax import _blocks
+from microadam_optax._kernels import _rows
+from microadam_optax._kernels._rows import Launch, Rows, Scalars
+from microadam_optax._state import Settings
+
+
+def update(old: Rows, scalars: Scalars, launch: Launch) -> Rows:
+    """One step of all rows, in place if `old` is donated."""
+    from microadam_optax._kernels import cpu_call
+
+    arrays, tree = jax.tree.flatten(old)
+    slots = 0 if old.indices is None else old.indices.shape[1] // launch.k
+    numbers = (launch.cell, launch.blocks, launch.block, launch.bits, launch.k, slots)
+    results = jax.tree.leaves(_rows.like(old))
+    call = jax.ffi.ffi_call(
+        cpu_call.target(str(old.gradient.dtype)),
+        results,
+        input_output_aliases={i: i for i in range(len(arrays))},
+    )
+    new = call(
+        *arrays,
+        *jax.tree.leaves(scalars),
+        alpha=np.float32([launch.alpha, 1 - launch.alpha]),
+        launch=np.int64(numbers),
+    )
+    return jax.tree.unflatten(tree, new)
