@@ -41,7 +41,7 @@ _SMALLEST = np.float32(_quantize.SMALLEST)
 _HALF = np.float32(0.5)
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
-inline = njit(forceinline=True, error_model="numpy", no_cpython_wrapper=True)
+inline = njit(forceinline=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 class Shape(NamedTuple):
@@ -396,12 +396,11 @@ def quantize(s, shape, step, zero):
             s.codes[i] = 0
         return
     inverse = _ONE / step
-    for i in range(shape.lanes):
-        byte = int32(0)
-        for part in range(8 // shape.bits):
-            code = multiple(s.x[part * shape.lanes + i], step, inverse, zero)
-            byte = int32(byte | (code << (shape.bits * part)))
-        s.codes[i] = uint8(byte)
+    for part in range(8 // shape.bits):
+        to, shift = part * shape.lanes, int32(shape.bits * part)
+        for i in range(shape.lanes):
+            code = multiple(s.x[to + i], step, inverse, zero) << shift
+            s.codes[i] = uint8(code if part == 0 else s.codes[i] | code)
 
 
 @inline

@@ -43,7 +43,7 @@ from microadam_optax._kernels.cpu_llvm import (
 )
 
 CHUNK = 1 << 15  # elements
-_MAJOR, _MINOR = _ffi.version()
+_MAJOR, _MINOR = _ffi.version(_ffi.header())
 _LARGEST = float64(_moments.LARGEST)
 _LARGEST_HALF = float32(65504)
 
@@ -69,17 +69,11 @@ def work(job, dtype, widen, narrow):
     """Chunks of a job until none is left, and then its last owner frees it."""
     job = words(job)
     numbers = words(job[_NUMBERS])
-    bits = numbers[3]
     while True:
         chunk = add_to(words(address_of(job) + 8 * _NEXT), 1)
         if chunk >= job[_CHUNKS]:
             break
-        if bits == 4:
-            update_chunk(job, numbers, chunk, 4, dtype, widen, narrow)
-        elif bits == 8:
-            update_chunk(job, numbers, chunk, 8, dtype, widen, narrow)
-        else:
-            update_chunk(job, numbers, chunk, 2, dtype, widen, narrow)
+        update_chunk(job, numbers, chunk, dtype, widen, narrow)
         add_to(words(address_of(job) + 8 * _DONE), 1)
     disown(job)
 
@@ -91,14 +85,9 @@ def disown(job):
 
 
 @inline
-def update_chunk(job, numbers, chunk, bits, dtype, widen, narrow):
-    cell, blocks, block, k, slots = (
-        numbers[0],
-        numbers[1],
-        numbers[2],
-        numbers[4],
-        numbers[5],
-    )
+def update_chunk(job, numbers, chunk, dtype, widen, narrow):
+    cell, blocks, block = numbers[0], numbers[1], numbers[2]
+    bits, k, slots = numbers[3], numbers[4], numbers[5]
     width = block * bits // 8
     lanes = (width + 31) // 32 * 32
     slot = 0
