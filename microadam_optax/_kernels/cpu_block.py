@@ -15,7 +15,7 @@ of a count is nearly linear in that of a magnitude. Three or four guesses are en
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import literal_unroll, njit
+from numba import njit
 from numba.core.types import float32, int32, uint8, uint16
 
 from microadam_optax import _moments, _quantize
@@ -24,11 +24,12 @@ from microadam_optax._kernels.cpu_llvm import (
     above,
     allocate,
     bits_of,
-    count_bits,
     float_of,
     lowest_bit,
     release,
     root,
+    shift_left,
+    shift_right,
     shifted,
     view,
 )
@@ -38,7 +39,10 @@ INFINITE = np.float32(np.inf)
 _LARGEST = int(np.float32(_moments.LARGEST).view(np.int32))
 _ABOVE = _quantize.ABOVE
 _SMALLEST = np.float32(_quantize.SMALLEST)
+_FEW = 1024  # selected times lanes; up to here maxima cost less than counts
 _HALF = np.float32(0.5)
+_BELOW_HALF = np.float32(0.5 - 2**-10)
+_SLOWLY = np.float32(0.1)  # how guesses follow from block to block
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
 inline = njit(forceinline=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
@@ -48,8 +52,10 @@ class Shape(NamedTuple):
     """The numbers that all blocks of a leaf share."""
 
     block: Any  # elements
+    parts: Any  # whose codes share the bytes
     width: Any  # bytes of codes, and elements of a part
     lanes: Any  # of a part in scratch memory
+    all: Any  # lanes of all parts
     bits: Any  # of a code
     k: Any  # entries selected
     slots: Any  # of the window
@@ -91,41 +97,51 @@ class Row(NamedTuple):
 class Scratch(NamedTuple):
     """Memory of a core for one block, in lanes."""
 
+    staged: Any  # float32, a part of a gradient that does not fill its lanes
     x: Any  # float32: g + Q^-1(e), then what is left of it
     keys: Any  # int32, its magnitude; -1 where no element is
     mu: Any  # float32, zeros between blocks, like nu
     nu: Any
     update: Any  # float32, between blocks that of an element without entries
-    codes: Any  # uint8
+    codes: Any  # int32, of all parts of a lane
     entries: Any  # int32, lanes of the block's entries, the newest first
     firsts: Any  # float32, mu at these, then the update
     seconds: Any  # float32, nu
-    bar: Any  # float32 (2,): the search's first guess, and its step
+    mu_weights: Any  # float32, of the entries of the window, like nu_weights
+    nu_weights: Any
+    guess: Any  # float32 (3,): of the next bar, of distances there, and how they follow
 
 
 @inline
 def update_rows(arrays, first, last, scalars, launch, widen, narrow):
     """One step of the rows from one to another."""
     shape = launch.shape
-    lanes = shape.lanes * (8 // shape.bits)
+    lanes = shape.all
     entries = (shape.slots + 1) * shape.k
     s = Scratch(
+        allocate(shape.lanes, float32),
         allocate(lanes, float32),
-        allocate(lanes, int32),
+        allocate(lanes + WORD, int32),
         allocate(lanes, float32),
         allocate(lanes, float32),
         allocate(lanes, float32),
-        allocate(shape.lanes, uint8),
+        allocate(shape.lanes, int32),
         allocate(entries, int32),
         allocate(entries, float32),
         allocate(entries, float32),
-        allocate(2, float32),
+        allocate(entries, float32),
+        allocate(entries, float32),
+        allocate(3, float32),
     )
+    fill(s.keys, lanes + WORD, int32(-1))
     fill(s.mu, lanes, _ZERO)
     fill(s.nu, lanes, _ZERO)
     fill(s.update, lanes, rescale(_ZERO, _ZERO, scalars))
-    s.bar[0], s.bar[1] = _ZERO, float32(0.3)
+    s.guess[0], s.guess[1], s.guess[2] = float32(1 << 30), float32(1 << 17), _ONE
     stored = shape.slots * shape.k
+    for i in range(stored):
+        s.mu_weights[i] = scalars.weights[i // shape.k]
+        s.nu_weights[i] = scalars.weights[shape.slots + i // shape.k]
     cell, number = first // launch.blocks, first % launch.blocks
     for row in range(first, last):
         begin = number * shape.block
@@ -141,8 +157,24 @@ def update_rows(arrays, first, last, scalars, launch, widen, narrow):
         number += 1
         if number == launch.blocks:
             cell, number = cell + 1, 0
-    for memory in literal_unroll(s):
-        release(memory)
+    free(s)
+
+
+@inline
+def free(s):
+    release(s.staged)
+    release(s.x)
+    release(s.mu_weights)
+    release(s.nu_weights)
+    release(s.keys)
+    release(s.mu)
+    release(s.nu)
+    release(s.update)
+    release(s.codes)
+    release(s.entries)
+    release(s.firsts)
+    release(s.seconds)
+    release(s.guess)
 
 
 @inline
@@ -155,10 +187,10 @@ def update_block(row, s, scalars, shape, widen, narrow):
     else:
         take(s, shape, bar)
         add_newest(s, shape)
-        add_older(row, s, scalars, shape)
+        add_older(row, s, shape)
         write_slot(row, s, shape)
         update_entries(s, scalars, shape)
-    step, zero = drop(s, shape, bar)  # e = Q(a without them)
+    step, zero = measure(s, shape)  # e = Q(a without them)
     quantize(s, shape, step, zero)
     if scalars.alpha != 0:
         step, zero = return_error(s, scalars, shape, step, zero)
@@ -171,41 +203,55 @@ def update_block(row, s, scalars, shape, widen, narrow):
 @inline
 def accumulate(row, s, shape, widen):
     """The gradient and the dequantized error; returns the largest key."""
-    parts, mask = 8 // shape.bits, int32((1 << shape.bits) - 1)
     for i in range(shape.width):
         s.codes[i] = row.codes[i]
-    for part in range(parts):
-        to, begin = part * shape.lanes, part * shape.width
-        real = min(max(row.size - begin, 0), shape.width)
-        for i in range(real):
-            s.x[to + i] = widen(row.gradient[begin + i])
-        for i in range(real, shape.width):
-            s.x[to + i] = _ZERO
     step, zero = from_bfloat16(row.ranges[0]), from_bfloat16(row.ranges[1])
     top = int32(0)
-    for part in range(parts):
-        to = part * shape.lanes
-        for i in range(shape.lanes):
-            code = int32(int32(s.codes[i]) >> int32(shape.bits * part)) & mask
-            x = s.x[to + i] + (float32(int32(code)) - zero) * step
-            key = int32(bits_of(x) & 0x7FFFFFFF)
-            s.x[to + i] = x
-            s.keys[to + i] = key
-            top = max(top, key)
-    for part in range(parts):
-        for i in range(shape.width, shape.lanes):
-            s.keys[part * shape.lanes + i] = -1
-            s.x[part * shape.lanes + i] = _ZERO
+    for part in range(shape.parts):
+        to, begin = part * shape.lanes, part * shape.width
+        gradient = shifted(row.gradient, begin)
+        real = row.size - begin
+        if real < shape.lanes or shape.width < shape.lanes:
+            for i in range(min(max(real, 0), shape.width)):
+                s.staged[i] = widen(gradient[i])
+            for i in range(min(max(real, 0), shape.width), shape.lanes):
+                s.staged[i] = _ZERO
+            top = max(top, add_error(s.staged, s, shape, part, step, zero, same))
+            for i in range(shape.width, shape.lanes):
+                s.keys[to + i] = -1
+                s.x[to + i] = _ZERO
+        else:
+            top = max(top, add_error(gradient, s, shape, part, step, zero, widen))
     if top > _LARGEST:
         top = bound(s, shape)
     return top
 
 
 @inline
+def add_error(gradient, s, shape, part, step, zero, widen):
+    mask, shift = int32((1 << shape.bits) - 1), int32(shape.bits * part)
+    to = part * shape.lanes
+    top = int32(0)
+    for i in range(shape.lanes):
+        code = int32(shift_right(s.codes[i], shift) & mask)
+        x = widen(gradient[i]) + (float32(code) - zero) * step
+        key = int32(bits_of(x) & 0x7FFFFFFF)
+        s.x[to + i] = x
+        s.keys[to + i] = key
+        top = max(top, key)
+    return top
+
+
+@inline
+def same(x):
+    return x
+
+
+@inline
 def bound(s, shape):
     """Finite numbers at most 2**60."""
     top = int32(0)
-    for i in range(count_lanes(shape)):
+    for i in range(shape.all):
         key = s.keys[i]
         if _LARGEST < key < _INFINITY:
             s.keys[i] = _LARGEST
@@ -219,55 +265,84 @@ def select(s, shape, top):
     """A bar that exactly k keys are above; of ties at it, the first stay above."""
     if shape.k == shape.block:
         return int32(-1)
-    low, many = -1, shape.block  # too many are above the low bar
-    high, few = int(top), 0  # and too few above the high one
-    aim = log_of(shape.k)
-    bar = int(s.bar[0])
-    tries = 0
-    while True:
-        bar = min(max(bar, low + 1), high - 1)
-        if few == shape.k - 1 or (tries & 3) == 3:
-            bar = largest_up_to(s, shape, high) - 1
-        count = count_above(s, shape, bar)
-        if count == shape.k:
-            break
-        if count < shape.k:
-            high, few = bar, count
-        elif bar + 1 == high or largest_up_to(s, shape, high) == bar + 1:
-            exclude_ties(s, shape, bar, count - shape.k)
-            break
-        else:
-            low, many = bar, count
-        tries += 1
-        if tries > 8 and (tries & 1):
-            bar = (low + high) >> 1
-        elif few > 0 and many < shape.block:
-            rise = (log_of(many) - aim) / (log_of(many) - log_of(few))
-            bar = low + int(rise * float32(high - low))
-        else:
-            bar += int((log_of(count) - aim) * s.bar[1] * float32(tries))
-    s.bar[0] = float32(bar)
-    return int32(bar)
+    if shape.k * shape.all <= _FEW:
+        bar = kth_by_maxima(s, shape, top) - 1
+        if count_above(s, shape, bar) == shape.k:
+            return int32(bar)
+    return int32(bar_by_counting(s, shape, top))
 
 
 @inline
-def log_of(count):
-    """Nearly the logarithm of a count, of which 0 is not quite 0."""
-    return float32(bits_of(float32(count) + _HALF))
+def kth_by_maxima(s, shape, top):
+    """The k-th largest key, if no two of these are equal."""
+    kth = int(top)
+    for _ in range(1, shape.k):
+        kth = largest_up_to(s, shape, kth - 1)
+    return kth
+
+
+@inline
+def bar_by_counting(s, shape, top):
+    """Narrows the range of the bar by three guesses at a time."""
+    low, many = -1, shape.block  # too many are above the low bar
+    high, few = int(top), 0  # and too few above the high one
+    bar, gap = int(s.guess[0]), int(8 * s.guess[1])
+    tries = 0
+    while high - low > 1:
+        if tries > 0 and (few == shape.k - 1 or (tries & 3) == 3):
+            bar = largest_up_to(s, shape, high) - 1
+            gap = (high - low) >> 2
+        first = min(max(bar - gap, low + 1), high - 1)
+        second = min(max(bar, low + 1), high - 1)
+        third = min(max(bar + gap, low + 1), high - 1)
+        counts = count_three(s, shape, first, second, third)
+        for bar, count in ((first, counts[0]), (second, counts[1]), (third, counts[2])):
+            if count >= shape.k and bar > low:
+                low, many = bar, count
+            if count < shape.k and bar < high:
+                high, few = bar, count
+        if many == shape.k:
+            break
+        tries += 1
+        if few == 0 or many == shape.block:
+            gap *= 4
+            bar = high - gap if few > 0 else low + gap
+        else:
+            gap = (high - low) // (many - few + 1)
+            bar = low + gap * (many - shape.k) + (gap >> 1)
+    exclude_ties(s, shape, low, many - shape.k)
+    pace = s.guess[2]
+    s.guess[0] += pace * (float32(low) - s.guess[0])
+    s.guess[1] += pace * (float32((high - low) // (many - few)) - s.guess[1])
+    s.guess[2] = max(pace * float32(0.8), _SLOWLY)
+    return low
 
 
 @inline
 def count_above(s, shape, bar):
-    count = 0
-    for word in range(0, count_lanes(shape), WORD):
-        count += count_bits(above(shifted(s.keys, word), int32(bar)))
-    return count
+    count, bar = int32(0), int32(bar)
+    for i in range(shape.all):
+        count = int32(count + (s.keys[i] > bar))
+    return int(count)
+
+
+@inline
+def count_three(s, shape, first, second, third):
+    """How many keys are above each of three bars."""
+    one = two = three = int32(0)
+    first, second, third = int32(first), int32(second), int32(third)
+    for i in range(shape.all):
+        key = s.keys[i]
+        one = int32(one + (key > first))
+        two = int32(two + (key > second))
+        three = int32(three + (key > third))
+    return int(one), int(two), int(three)
 
 
 @inline
 def largest_up_to(s, shape, high):
     largest, high = int32(-1), int32(high)
-    for i in range(count_lanes(shape)):
+    for i in range(shape.all):
         key = s.keys[i]
         largest = max(largest, key if key <= high else int32(-1))
     return int(largest)
@@ -276,7 +351,7 @@ def largest_up_to(s, shape, high):
 @inline
 def exclude_ties(s, shape, bar, excess):
     """Lowers the last of the keys just above a bar."""
-    i = count_lanes(shape)
+    i = shape.all
     while excess > 0:
         i -= 1
         if s.keys[i] == bar + 1:
@@ -286,37 +361,41 @@ def exclude_ties(s, shape, bar, excess):
 
 @inline
 def take(s, shape, bar):
-    """The selected elements as bfloat16, by ascending index."""
-    n = 0
-    for word in range(0, count_lanes(shape), WORD):
-        mask = above(shifted(s.keys, word), bar)
-        while mask:
-            lane = word + lowest_bit(mask)
-            s.entries[n] = lane
-            s.firsts[n] = round_bfloat16(s.x[lane])
-            n += 1
-            mask &= mask - 1
+    """The selected elements as bfloat16, by ascending index, out of a."""
+    word, mask = 0, above(s.keys, bar)
+    for i in range(shape.k):
+        while mask == 0:
+            word += WORD
+            mask = above(shifted(s.keys, word), bar)
+        lane = word + lowest_bit(mask)
+        mask &= mask - 1
+        s.entries[i] = lane
+        s.firsts[i] = s.x[lane]
+        s.x[lane] = _ZERO
+    for i in range(shape.k):
+        s.firsts[i] = round_bfloat16(s.firsts[i])
 
 
 @inline
 def add_newest(s, shape):
     for i in range(shape.k):
         lane, value = s.entries[i], s.firsts[i]
-        s.mu[lane] = value
-        s.nu[lane] = value * value
+        s.mu[lane], s.nu[lane] = value, value * value
 
 
 @inline
-def add_older(row, s, scalars, shape):
-    """The window's entries, slot after slot."""
-    for slot in range(shape.slots):
-        first, second = scalars.weights[slot], scalars.weights[shape.slots + slot]
-        for i in range(slot * shape.k, (slot + 1) * shape.k):
-            lane = lane_of(read_index(row, shape, i), shape)
-            value = from_bfloat16(row.values[i])
-            s.entries[shape.k + i] = lane
-            s.mu[lane] += round_product(first * value)
-            s.nu[lane] += round_product(second * (value * value))
+def add_older(row, s, shape):
+    """The window's entries, slot after slot: weights times values and their squares."""
+    k, stored = shape.k, shape.slots * shape.k
+    for i in range(stored):
+        value = from_bfloat16(row.values[i])
+        s.firsts[k + i] = round_product(s.mu_weights[i] * value)
+        s.seconds[k + i] = round_product(s.nu_weights[i] * (value * value))
+    for i in range(stored):
+        lane = lane_of(read_index(row, shape, i), shape)
+        s.entries[k + i] = lane
+        s.mu[lane] += s.firsts[k + i]
+        s.nu[lane] += s.seconds[k + i]
 
 
 @inline
@@ -329,14 +408,19 @@ def update_entries(s, scalars, shape):
     for i in range(entries):
         s.firsts[i] = rescale(s.firsts[i], s.seconds[i], scalars)
     for i in range(entries):
-        s.update[s.entries[i]] = s.firsts[i]
+        lane = s.entries[i]
+        s.update[lane] = s.firsts[i]
+        s.mu[lane] = s.nu[lane] = _ZERO
 
 
 @inline
 def update_selected(s, scalars, shape, bar):
-    """Without a window an update is a function of its element."""
-    for i in range(count_lanes(shape)):
-        value = round_bfloat16(s.x[i]) if s.keys[i] > bar else _ZERO
+    """Without a window: the selected elements' updates, and what is left of a."""
+    for i in range(shape.all):
+        x = s.x[i]
+        selected = s.keys[i] > bar
+        value = round_bfloat16(x) if selected else _ZERO
+        s.x[i] = _ZERO if selected else x
         s.update[i] = rescale(value, value * value, scalars)
 
 
@@ -356,18 +440,10 @@ def write_slot(row, s, shape):
 
 
 @inline
-def drop(s, shape, bar):
-    """Zeros for what was selected; returns step and zero point of the rest."""
-    for i in range(count_lanes(shape)):
-        s.x[i] = s.x[i] if s.keys[i] <= bar else _ZERO
-    return measure(s, shape)
-
-
-@inline
 def measure(s, shape):
     """The step that covers a block and zero, and the code of zero."""
     high = low = int32(0)
-    for i in range(count_lanes(shape)):
+    for i in range(shape.all):
         bits = bits_of(s.x[i])
         high = max(high, bits)
         low = max(low, int32(bits ^ ~0x7FFFFFFF))
@@ -383,10 +459,13 @@ def measure(s, shape):
 
 @inline
 def multiple(x, step, inverse, zero):
-    """The nearest multiple of a step, plus zero: exact, whatever a division rounds to."""
-    code = int32(x * inverse + (zero + _HALF))
+    """The nearest multiple of a step, plus zero: exact, whatever a division rounds to.
+
+    At first it is right, or one less near a tie.
+    """
+    code = int32(x * inverse + (zero + _BELOW_HALF))
     above_ = x - (float32(code) - zero) * step
-    return int32(code + (above_ >= _HALF * step) - (above_ < -_HALF * step))
+    return int32(code + (above_ >= _HALF * step))
 
 
 @inline
@@ -396,21 +475,23 @@ def quantize(s, shape, step, zero):
             s.codes[i] = 0
         return
     inverse = _ONE / step
-    for part in range(8 // shape.bits):
+    for i in range(shape.lanes):
+        s.codes[i] = multiple(s.x[i], step, inverse, zero)
+    for part in range(1, shape.parts):
         to, shift = part * shape.lanes, int32(shape.bits * part)
         for i in range(shape.lanes):
-            code = multiple(s.x[to + i], step, inverse, zero) << shift
-            s.codes[i] = uint8(code if part == 0 else s.codes[i] | code)
+            code = multiple(s.x[to + i], step, inverse, zero)
+            s.codes[i] = int32(s.codes[i] | shift_left(code, shift))
 
 
 @inline
 def return_error(s, scalars, shape, step, zero):
     """Adds the share `alpha` of the error to the update, and keeps the rest of it."""
     mask = (1 << shape.bits) - 1
-    for part in range(8 // shape.bits):
+    for part in range(shape.parts):
         to = part * shape.lanes
         for i in range(shape.lanes):
-            code = int32((s.codes[i] >> (shape.bits * part)) & mask)
+            code = int32(shift_right(s.codes[i], int32(shape.bits * part)) & mask)
             error = (float32(code) - zero) * step
             s.update[to + i] += round_product(scalars.alpha * error)
             s.x[to + i] = round_to(scalars.kept * error, 8)
@@ -422,12 +503,12 @@ def return_error(s, scalars, shape, step, zero):
 @inline
 def write(row, s, shape, step, zero, narrow):
     """Update, codes and range, from scratch memory."""
-    for part in range(8 // shape.bits):
+    for part in range(shape.parts):
         to, begin = part * shape.lanes, part * shape.width
         for i in range(min(max(row.size - begin, 0), shape.width)):
             row.gradient[begin + i] = narrow(s.update[to + i])
     for i in range(shape.width):
-        row.codes[i] = s.codes[i]
+        row.codes[i] = uint8(s.codes[i])
     row.ranges[0], row.ranges[1] = to_bfloat16(step), to_bfloat16(zero)
 
 
@@ -435,22 +516,15 @@ def write(row, s, shape, step, zero, narrow):
 def clear(s, scalars, shape):
     """Leaves scratch memory for the next block."""
     if scalars.alpha != 0:
-        fill(s.update, count_lanes(shape), rescale(_ZERO, _ZERO, scalars))
+        fill(s.update, shape.all, rescale(_ZERO, _ZERO, scalars))
     for i in range((shape.slots + 1) * shape.k):
-        lane = s.entries[i]
-        s.mu[lane] = s.nu[lane] = _ZERO
-        s.update[lane] = rescale(_ZERO, _ZERO, scalars)
+        s.update[s.entries[i]] = rescale(_ZERO, _ZERO, scalars)
 
 
 @inline
 def fill(array, count, value):
     for i in range(count):
         array[i] = value
-
-
-@inline
-def count_lanes(shape):
-    return shape.lanes * (8 // shape.bits)
 
 
 @inline
@@ -473,8 +547,9 @@ def lane_of(index, shape):
     """Where an element is in scratch memory."""
     index = min(index, shape.block - 1)  # also if a saved state is not what it should be
     lane = index
-    for part in range(1, 8 // shape.bits):
-        lane += (index >= part * shape.width) * (shape.lanes - shape.width)
+    if shape.width < shape.lanes:
+        for part in range(1, shape.parts):
+            lane += (index >= part * shape.width) * (shape.lanes - shape.width)
     return lane
 
 
@@ -482,8 +557,9 @@ def lane_of(index, shape):
 def index_of(lane, shape):
     """The inverse."""
     index = lane
-    for part in range(1, 8 // shape.bits):
-        index -= (lane >= part * shape.lanes) * (shape.lanes - shape.width)
+    if shape.width < shape.lanes:
+        for part in range(1, shape.parts):
+            index -= (lane >= part * shape.lanes) * (shape.lanes - shape.width)
     return index
 
 

@@ -88,13 +88,13 @@ def disown(job):
 def update_chunk(job, numbers, chunk, dtype, widen, narrow):
     cell, blocks, block = numbers[0], numbers[1], numbers[2]
     bits, k, slots = numbers[3], numbers[4], numbers[5]
-    width = block * bits // 8
-    lanes = (width + 31) // 32 * 32
+    width, parts = (block * bits) >> 3, 2 if bits == 4 else 4 if bits == 2 else 1
+    lanes = (width + 31) & ~31
     slot = 0
     if slots > 0:
         slot = int64(pointer(job[_ARRAYS + 6], int32)[0])
     shape = cpu_block.Shape(
-        block, width, lanes, bits, k, slots, slot, 1 if block <= 256 else 2
+        block, parts, width, lanes, lanes * parts, bits, k, slots, slot, 1 if block <= 256 else 2
     )
     launch = cpu_block.Launch(shape, cell, blocks)
     arrays = cpu_block.Row(
@@ -203,11 +203,6 @@ def failed(api, error):
 
 
 @inline
-def same(x):
-    return x
-
-
-@inline
 def narrow_half(x):
     """Ends at the largest float16, see `_moments.cast`."""
     if -cpu_block.INFINITE < x < cpu_block.INFINITE:
@@ -228,7 +223,7 @@ def narrow_double(x):
 
 
 def task_float32(job):
-    work(job, float32, same, same)
+    work(job, float32, cpu_block.same, cpu_block.same)
     return 0
 
 

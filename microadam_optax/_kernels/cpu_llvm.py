@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 
 _I1, _I8, _I16, _I32, _I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 _F32 = ir.FloatType()
-WORD = 32  # keys whose comparisons make up one mask
+WORD = 64  # keys whose comparisons make up one mask
 
 
 @intrinsic
@@ -105,6 +105,26 @@ def float_of(typing_context, bits):
 
 
 @intrinsic
+def shift_left(typing_context, bits, count):
+    """Of an int32 by less than 32, which numba would do in 64 bits."""
+
+    def code(context, builder, signature, args):
+        return builder.shl(*args)
+
+    return types.int32(types.int32, types.int32), code
+
+
+@intrinsic
+def shift_right(typing_context, bits, count):
+    """Of an int32 that is not negative."""
+
+    def code(context, builder, signature, args):
+        return builder.lshr(*args)
+
+    return types.int32(types.int32, types.int32), code
+
+
+@intrinsic
 def from_half(typing_context, bits):
     """The float32 of a float16 given by its bits."""
 
@@ -146,7 +166,7 @@ def above(typing_context, keys, bar):
         zeros = ir.Constant(vector, None)
         all_ = builder.shuffle_vector(one, zeros, zeros)
         flags = builder.icmp_signed(">", values, all_)
-        return builder.zext(builder.bitcast(flags, ir.IntType(WORD)), _I64)
+        return builder.bitcast(flags, _I64)
 
     return types.int64(keys, types.int32), code
 
@@ -157,16 +177,6 @@ def lowest_bit(typing_context, mask):
 
     def code(context, builder, signature, args):
         return builder.cttz(args[0], _I1(1))
-
-    return types.int64(types.int64), code
-
-
-@intrinsic
-def count_bits(typing_context, mask):
-    """How many bits of a mask are set."""
-
-    def code(context, builder, signature, args):
-        return builder.ctpop(args[0])
 
     return types.int64(types.int64), code
 
