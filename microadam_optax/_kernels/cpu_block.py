@@ -45,7 +45,10 @@ _BELOW_HALF = np.float32(0.5 - 2**-10)
 _SLOWLY = np.float32(0.1)  # how guesses follow from block to block
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
-inline = njit(forceinline=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+_options = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+inline = njit(forceinline=True, **_options)
+# For what holds most of the code: LLVM would compile it at every level of calls.
+embed = njit(inline="always", **_options)
 
 
 class Shape(NamedTuple):
@@ -112,7 +115,7 @@ class Scratch(NamedTuple):
     guess: Any  # float32 (3,): of the next bar, of distances there, and how they follow
 
 
-@inline
+@embed
 def update_rows(arrays, first, last, scalars, launch, widen, narrow):
     """One step of the rows from one to another."""
     shape = launch.shape
@@ -177,7 +180,7 @@ def free(s):
     release(s.guess)
 
 
-@inline
+@embed
 def update_block(row, s, scalars, shape, widen, narrow):
     """One step of a block."""
     top = accumulate(row, s, shape, widen)  # a = g + Q^-1(e)

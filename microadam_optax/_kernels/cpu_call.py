@@ -27,7 +27,7 @@ from numba.core.types import float32, float64, int32, int64, uint8, uint16
 
 from microadam_optax import _moments
 from microadam_optax._kernels import _ffi, cpu_block
-from microadam_optax._kernels.cpu_block import inline
+from microadam_optax._kernels.cpu_block import embed, inline
 from microadam_optax._kernels.cpu_llvm import (
     add_to,
     address_of,
@@ -64,7 +64,7 @@ def words(address):
     return pointer(address, int64)
 
 
-@inline
+@embed
 def work(job, dtype, widen, narrow):
     """Chunks of a job until none is left, and then its last owner frees it."""
     job = words(job)
@@ -84,7 +84,7 @@ def disown(job):
         release(job)
 
 
-@inline
+@embed
 def update_chunk(job, numbers, chunk, dtype, widen, narrow):
     cell, blocks, block = numbers[0], numbers[1], numbers[2]
     bits, k, slots = numbers[3], numbers[4], numbers[5]
@@ -121,7 +121,7 @@ def update_chunk(job, numbers, chunk, dtype, widen, narrow):
     cpu_block.update_rows(arrays, first, last, scalars, launch, widen, narrow)
 
 
-@inline
+@embed
 def handle(frame, task):
     """Answers XLA, which asks what the handler is, or runs it."""
     frame = words(frame)
