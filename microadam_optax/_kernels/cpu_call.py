@@ -271,13 +271,13 @@ def target(dtype: str) -> str:
         task = _compiled(globals()[f"task_{dtype}"])
         llvmlite.binding.add_symbol(f"microadam_task_{dtype}", task.address)
         handler = _compiled(globals()[f"handle_{dtype}"])
-        _kept.extend([task, handler])
+        kept.extend([task, handler])
         function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(handler.address)
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")
     return name
 
 
-_kept: list[Any] = []
+kept: list[Any] = []
 
 
 def _compiled(f: Any) -> Any:
