@@ -24,6 +24,7 @@ from microadam_optax._kernels.cpu_llvm import (
     above,
     allocate,
     bits_of,
+    count_bits,
     float_of,
     lowest_bit,
     release,
@@ -42,6 +43,7 @@ _SMALLEST = np.float32(_quantize.SMALLEST)
 _FEW = 1024  # selected times lanes; up to here maxima cost less than counts
 _HALF = np.float32(0.5)
 _BELOW_HALF = np.float32(0.5 - 2**-10)
+_AT_ONCE = 8  # bits of a mask without a branch
 _SLOWLY = np.float32(0.1)  # how guesses follow from block to block
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
@@ -129,7 +131,7 @@ def update_rows(arrays, first, last, scalars, launch, widen, narrow):
         allocate(lanes, float32),
         allocate(lanes, float32),
         allocate(shape.lanes, int32),
-        allocate(entries, int32),
+        allocate(entries + _AT_ONCE, int32),
         allocate(entries, float32),
         allocate(entries, float32),
         allocate(entries, float32),
@@ -365,14 +367,19 @@ def exclude_ties(s, shape, bar, excess):
 @inline
 def take(s, shape, bar):
     """The selected elements as bfloat16, by ascending index, out of a."""
-    word, mask = 0, above(s.keys, bar)
+    n = 0
+    for word in range(0, shape.all, WORD):
+        mask = above(shifted(s.keys, word), bar)
+        i, n = n, n + count_bits(mask)
+        while True:
+            for _ in range(_AT_ONCE):  # what is too much is written over, or never read
+                s.entries[i] = word + lowest_bit(mask)
+                mask &= mask - 1
+                i += 1
+            if mask == 0:
+                break
     for i in range(shape.k):
-        while mask == 0:
-            word += WORD
-            mask = above(shifted(s.keys, word), bar)
-        lane = word + lowest_bit(mask)
-        mask &= mask - 1
-        s.entries[i] = lane
+        lane = s.entries[i]
         s.firsts[i] = s.x[lane]
         s.x[lane] = _ZERO
     for i in range(shape.k):

@@ -173,10 +173,20 @@ def above(typing_context, keys, bar):
 
 @intrinsic
 def lowest_bit(typing_context, mask):
-    """The position of the lowest bit of a mask that is not 0."""
+    """The position of the lowest bit of a mask; 64 if there is none."""
 
     def code(context, builder, signature, args):
-        return builder.cttz(args[0], _I1(1))
+        return builder.cttz(args[0], _I1(0))
+
+    return types.int64(types.int64), code
+
+
+@intrinsic
+def count_bits(typing_context, mask):
+    """How many bits of a mask are set."""
+
+    def code(context, builder, signature, args):
+        return builder.ctpop(args[0])
 
     return types.int64(types.int64), code
 
