@@ -15,8 +15,8 @@ _HEAD = "size_t struct_size; * extension_start;"
 _LISTS = "int64_t size; * types;"
 # Fields in order, pointers without the type that they point to; more may follow a "...".
 _STRUCTS = {
-    "CallFrame": f"{_HEAD} * api; * ctx; XLA_FFI_ExecutionStage stage; XLA_FFI_Args args; "
-    "XLA_FFI_Rets rets; XLA_FFI_Attrs attrs; ...",
+    "CallFrame": f"{_HEAD} * api; * ctx; XLA_FFI_ExecutionStage stage; "
+    "XLA_FFI_Args args; XLA_FFI_Rets rets; XLA_FFI_Attrs attrs; ...",
     "Args": f"{_HEAD} {_LISTS} * args;",
     "Rets": f"{_HEAD} {_LISTS} * rets;",
     "Attrs": f"{_HEAD} {_LISTS} * names; * attrs;",

@@ -17,7 +17,6 @@ from microadam_optax._kernels import _ffi, _rows
 from microadam_optax._kernels._rows import Launch, Rows, Scalars
 from microadam_optax._state import Settings
 
-
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -56,7 +55,7 @@ def update(old: Rows, scalars: Scalars, launch: Launch) -> Rows:
     new = call(
         *arrays,
         *jax.tree.leaves(scalars),
-        alpha=np.float32([launch.alpha, 1 - launch.alpha]),
-        launch=np.int64(numbers),
+        alpha=np.array([launch.alpha, 1 - launch.alpha], np.float32),
+        launch=np.array(numbers, np.int64),
     )
     return jax.tree.unflatten(tree, new)

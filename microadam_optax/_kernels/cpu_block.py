@@ -24,6 +24,7 @@ from microadam_optax._kernels.cpu_llvm import (
     above,
     allocate,
     bits_of,
+    choose,
     count_bits,
     float_of,
     lowest_bit,
@@ -47,7 +48,11 @@ _AT_ONCE = 8  # bits of a mask without a branch
 _SLOWLY = np.float32(0.1)  # how guesses follow from block to block
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
-_options = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+_options: Any = {
+    "error_model": "numpy",
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}
 inline = njit(forceinline=True, **_options)
 # For what holds most of the code: LLVM would compile it at every level of calls.
 embed = njit(inline="always", **_options)
@@ -349,7 +354,7 @@ def largest_up_to(s, shape, high):
     largest, high = int32(-1), int32(high)
     for i in range(shape.all):
         key = s.keys[i]
-        largest = max(largest, key if key <= high else int32(-1))
+        largest = max(largest, choose(key <= high, key, int32(-1)))
     return int(largest)
 
 
@@ -380,10 +385,10 @@ def take(s, shape, bar):
                 break
     for i in range(shape.k):
         lane = s.entries[i]
-        s.firsts[i] = s.x[lane]
+        s.seconds[i] = s.x[lane]
         s.x[lane] = _ZERO
     for i in range(shape.k):
-        s.firsts[i] = round_bfloat16(s.firsts[i])
+        s.firsts[i] = round_bfloat16(s.seconds[i])
 
 
 @inline
@@ -427,10 +432,9 @@ def update_entries(s, scalars, shape):
 def update_selected(s, scalars, shape, bar):
     """Without a window: the selected elements' updates, and what is left of a."""
     for i in range(shape.all):
-        x = s.x[i]
         selected = s.keys[i] > bar
-        value = round_bfloat16(x) if selected else _ZERO
-        s.x[i] = _ZERO if selected else x
+        value = choose(selected, round_bfloat16(s.x[i]), _ZERO)
+        s.x[i] = float_of(int32(bits_of(s.x[i]) & (int32(selected) - 1)))
         s.update[i] = rescale(value, value * value, scalars)
 
 
@@ -579,7 +583,7 @@ def round_to(x, dropped):
     bits = bits_of(x)
     odd = (bits >> dropped) & 1
     nearest = (bits + ((1 << (dropped - 1)) - 1) + odd) & -(1 << dropped)
-    return float_of(int32(nearest)) if x == x else x
+    return choose(x == x, float_of(int32(nearest)), x)
 
 
 @inline

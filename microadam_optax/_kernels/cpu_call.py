@@ -94,7 +94,16 @@ def update_chunk(job, numbers, chunk, dtype, widen, narrow):
     if slots > 0:
         slot = int64(pointer(job[_ARRAYS + 6], int32)[0])
     shape = cpu_block.Shape(
-        block, parts, width, lanes, lanes * parts, bits, k, slots, slot, 1 if block <= 256 else 2
+        block,
+        parts,
+        width,
+        lanes,
+        lanes * parts,
+        bits,
+        k,
+        slots,
+        slot,
+        1 if block <= 256 else 2,
     )
     launch = cpu_block.Launch(shape, cell, blocks)
     arrays = cpu_block.Row(
@@ -176,12 +185,12 @@ def schedule(frame, api, task, job):
     arguments[5] = 0
     job[_OWNERS] = 2
     threads = 0
-    if job[_CHUNKS] > 2:
-        if not failed(api, call(api[_NUM_THREADS], address_of(arguments))):
-            threads = arguments[5]
+    large = job[_CHUNKS] > 2
+    if large and not failed(api, call(api[_NUM_THREADS], address_of(arguments))):
+        threads = arguments[5]
     helpers = max(0, min(threads, job[_CHUNKS]) - 1)
     job[_OWNERS] = 2 + helpers
-    for i in range(helpers):
+    for _ in range(helpers):
         arguments[0], arguments[1], arguments[2] = 40, 0, frame[_CONTEXT]
         arguments[3], arguments[4] = task, address_of(job)
         if failed(api, call(api[_SCHEDULE], address_of(arguments))):
@@ -294,5 +303,8 @@ def _compiled(f: Any) -> Any:
 def _stamp() -> str:
     folder = pathlib.Path(__file__).parent
     parts = [path.read_bytes() for path in sorted(folder.glob("*.py"))]
-    parts += [llvmlite.binding.get_host_cpu_name().encode(), str((_MAJOR, _MINOR)).encode()]
+    parts += [
+        llvmlite.binding.get_host_cpu_name().encode(),
+        str((_MAJOR, _MINOR)).encode(),
+    ]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
