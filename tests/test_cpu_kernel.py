@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 
 from kernel_cases import BF16, CASES, F16, F32, gradients
+from meshes import make_mesh
 from microadam_optax import _blocks, _leaf, _moments, _state, _window
 from microadam_optax._kernels import _ffi, cpu
 from microadam_optax._kernels._rows import Launch, Rows, Scalars
@@ -293,11 +294,11 @@ def test_on_several_devices_at_once():
 
 
 def test_in_a_shard_map():
-    mesh = jax.make_mesh((8,), ("x",))
+    mesh = make_mesh("fsdp 8")
     case = make((16, 256), F32, {})
     gradient = jnp.asarray(np.random.default_rng(0).normal(size=case.shape), F32)
     args = case.cells(gradient), case.first_state(), case.step(1)
-    own = jax.P("x")
+    own = jax.P("fsdp")
     step = jax.jit(
         jax.shard_map(
             lambda cells, state, step: make((2, 256), F32, {}).kernel(cells, state, step),
