@@ -1,13 +1,20 @@
 """Memory of a whole training step: forward, backward and update, by XLA's account.
 
-python benchmarks/peak_memory.py
+python benchmarks/peak_memory.py [--resident]
 
 A small model of Llama's kind, compiled and not run, with MicroAdam and with optax.adamw,
 plain and with gradients accumulated by `optax.MultiSteps`. Parameters and state are
 donated; what counts is the peak: arguments, what outputs need beside them, temporaries.
+With `--resident` instead what the system counts: the most memory that a process has held
+that trains a model of 63M parameters for some steps.
 """
 
+import argparse
 import functools
+import json
+import resource
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -26,6 +33,12 @@ CONFIG = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "vocab_size": 8192,
+}
+LARGER = CONFIG | {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 12,
 }
 BATCH, LENGTH = 1, 128
 RATE = 1e-3  # plays no part in what is held
@@ -48,8 +61,9 @@ def rotated(x: jax.Array) -> jax.Array:
 
 def logits_of(params: Params, tokens: jax.Array) -> jax.Array:
     x = params["embed/embedding"][tokens]
-    head = CONFIG["hidden_size"] // CONFIG["num_attention_heads"]
-    for layer in range(CONFIG["num_hidden_layers"]):
+    head = 64  # the width of one, in both models
+    layers = sum(name.endswith("mlp_norm/scale") for name in params)
+    for layer in range(layers):
         own = functools.partial(_own, params, layer)
         y = normalized(x, own("attention_norm/scale"))
         q, k, v = (
@@ -74,30 +88,61 @@ def mean_loss(params: Params, tokens: jax.Array) -> jax.Array:
     return losses.mean()
 
 
-def shapes(dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    found = shapes_of(CONFIG)
+def shapes(dtype: Any, config: dict = CONFIG) -> dict[str, jax.ShapeDtypeStruct]:
+    found = shapes_of(config)
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in found.items()}
 
 
-def step_bytes(tx: optax.GradientTransformation, dtype: Any) -> dict[str, int]:
-    """XLA's account of the compiled step."""
-
+def train_step(tx: optax.GradientTransformation) -> Any:
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, tokens):
         loss, gradients = jax.value_and_grad(mean_loss)(params, tokens)
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, loss
 
+    return step
+
+
+def step_bytes(tx: optax.GradientTransformation, dtype: Any) -> dict[str, int]:
+    """XLA's account of the compiled step."""
     params = shapes(dtype)
     state = jax.eval_shape(tx.init, params)
     tokens = jax.ShapeDtypeStruct((BATCH, LENGTH + 1), jnp.int32)
-    found = step.lower(params, state, tokens).compile().memory_analysis()
+    found = train_step(tx).lower(params, state, tokens).compile().memory_analysis()
     held = {
         "arguments": found.argument_size_in_bytes,
         "outputs_beside": found.output_size_in_bytes - found.alias_size_in_bytes,
         "temporary": found.temp_size_in_bytes,
     }
     return {**held, "peak": sum(held.values())}
+
+
+def train(name: str, steps: int = 4) -> dict[str, Any]:
+    """Trains in this process, which should have done nothing else."""
+    tx, params = transformations()[name], {}
+    for leaf, of in shapes(jnp.float32, LARGER).items():
+        params[leaf] = jnp.full(of.shape, 0.02, of.dtype)
+    number = sum(x.size for x in params.values())
+    state, step = jax.jit(tx.init)(params), train_step(tx)
+    tokens = jnp.arange(BATCH * (LENGTH + 1)).reshape(BATCH, -1)
+    for _ in range(steps):
+        params, state, loss = step(params, state, tokens)
+        loss.block_until_ready()
+    kilobyte = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
+    return {"optimizer": name, "parameters": number, "resident_bytes": peak}
+
+
+def resident() -> list[dict[str, Any]]:
+    """Each optimizer in a process of its own."""
+    rows = []
+    for name in list(transformations())[: 1 + len(SETTINGS)]:
+        command = [sys.executable, __file__, "--train", name]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        rows.append(json.loads(done.stdout))
+        each = rows[-1]["resident_bytes"] / rows[-1]["parameters"]
+        print(f"{name}: {each:.2f} bytes a parameter", flush=True)
+    return rows
 
 
 def transformations() -> dict[str, optax.GradientTransformation]:
@@ -113,6 +158,16 @@ def transformations() -> dict[str, optax.GradientTransformation]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--resident", action="store_true", help="of whole processes")
+    parser.add_argument("--train", metavar="NAME", help="train and print one row as JSON")
+    args = parser.parse_args()
+    if args.train:
+        print(json.dumps(train(args.train)))
+        return
+    if args.resident:
+        report("resident_memory", {"rows": resident()})
+        return
     number = sum(leaf.size for leaf in shapes(jnp.float32).values())
     results: dict[str, Any] = {"config": CONFIG, "parameters": number, "rows": []}
     results |= {"batch": BATCH, "length": LENGTH}

@@ -55,6 +55,8 @@ def step_table(results: dict) -> str:
     header = [
         "parameters",
         "(window, density)",
+        "blocks",
+        "cores",
         "step",
         "optax.adamw",
         "MicroAdam",
@@ -64,6 +66,8 @@ def step_table(results: dict) -> str:
         [
             f"{row['parameters'] / 1e6:.0f}M",
             row["setting"],
+            row.get("blocks", "256"),
+            str(row.get("cores", 2)),
             "with apply_updates" if row["apply_updates"] else "update alone",
             f"{row['adamw_ns_a_parameter']:.2f} ns",
             f"{row['ns_a_parameter']:.2f} ns",
@@ -123,8 +127,9 @@ of a float32 array took {step["copy_ns_an_element"]:.2f} ns an element in the sa
 
 
 def largest_ratios(step: dict) -> str:
-    most = max(row["parameters"] for row in step["rows"])
-    rows = [r for r in step["rows"] if r["parameters"] == most and not r["apply_updates"]]
+    plain = [row for row in step["rows"] if row.get("blocks", "256") == "256"]
+    most = max(row["parameters"] for row in plain)
+    rows = [r for r in plain if r["parameters"] == most and not r["apply_updates"]]
     return ", ".join(f"{row['ratio']:.1f} at {row['setting']}" for row in rows)
 
 
@@ -150,6 +155,22 @@ def peak_table(results: dict) -> str:
         f"{table(header, rows)}\n\nBytes a parameter, {number:,} parameters, a batch of "
         f"{results['batch']} x {results['length']} tokens: {measured_on(results)}."
     )
+
+
+def resident_table(results: dict) -> str:
+    """The most memory that whole processes held."""
+    base = results["rows"][0]["resident_bytes"]
+    rows = [
+        [
+            row["optimizer"],
+            f"{row['resident_bytes'] / 1e6:.0f} MB",
+            f"{row['resident_bytes'] / row['parameters']:.2f}",
+            f"{row['resident_bytes'] / base:.2f}",
+        ]
+        for row in results["rows"]
+    ]
+    header = ["optimizer", "resident", "bytes a parameter", "of adamw's"]
+    return f"{table(header, rows)}\n\n{measured_on(results)}."
 
 
 def sent(collectives: dict[str, int]) -> str:
@@ -366,7 +387,10 @@ def main() -> None:
     of_memory = ROOT / "docs" / "memory.md"
     content = f"{state_table(memory)}\n\nFrom shapes alone: {measured_on(memory)}."
     text = fill(of_memory.read_text(), "state", content)
-    of_memory.write_text(fill(text, "peak", peak_table(load("peak_memory"))))
+    text = fill(text, "peak", peak_table(load("peak_memory")))
+    if (ROOT / "benchmarks" / "results" / "resident_memory.json").exists():
+        text = fill(text, "resident", resident_table(load("resident_memory")))
+    of_memory.write_text(text)
     kernels = ROOT / "docs" / "kernels.md"
     text = fill(kernels.read_text(), "gpu code", gpu_code_table(load("kernels")))
     kernels.write_text(fill(text, "tpu code", tpu_code_table(load("kernels"))))

@@ -65,6 +65,7 @@ class Launch(NamedTuple):
     bits: int
     k: int
     interpret: bool = False
+    alpha: float = 0.0
 
 
 class Chosen(NamedTuple):

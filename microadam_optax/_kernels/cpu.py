@@ -1,0 +1,61 @@
+"""The update of blocks on CPUs: the loops of `cpu_block.py`, called by XLA.
+
+Nothing here imports numba, which compiles them, before an update is traced.
+"""
+
+import functools
+import importlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from microadam_optax import _blocks
+from microadam_optax._kernels import _ffi, _rows
+from microadam_optax._kernels._rows import Launch, Rows, Scalars
+from microadam_optax._state import Settings
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@functools.cache
+def available() -> str | None:
+    """Why the kernel cannot run in this process; None if it can."""
+    if sys.platform not in ("linux", "darwin"):
+        return f"the platform {sys.platform}"
+    try:
+        importlib.import_module("numba")
+    except ImportError as error:
+        return f"an installation without numba (`microadam-optax[cpu]`): {error}"
+    return _ffi.reason_against(_ffi.header())
+
+
+def reason_against(at: _blocks.Layout, dtype: Any, settings: Settings) -> str | None:
+    """Why the kernel cannot update a leaf; None if it can."""
+    del at, settings  # blocks and windows of all sizes
+    name = str(jnp.dtype(dtype))
+    return None if name in _DTYPES else f"gradients of {name}"
+
+
+def update(old: Rows, scalars: Scalars, launch: Launch) -> Rows:
+    """One step of all rows, in place if `old` is donated."""
+    from microadam_optax._kernels import cpu_call
+
+    arrays, tree = jax.tree.flatten(old)
+    slots = 0 if old.indices is None else old.indices.shape[1] // launch.k
+    numbers = (launch.cell, launch.blocks, launch.block, launch.bits, launch.k, slots)
+    results = jax.tree.leaves(_rows.like(old))
+    call = jax.ffi.ffi_call(
+        cpu_call.target(str(old.gradient.dtype)),
+        results,
+        input_output_aliases={i: i for i in range(len(arrays))},
+    )
+    new = call(
+        *arrays,
+        *jax.tree.leaves(scalars),
+        alpha=np.array([launch.alpha, 1 - launch.alpha], np.float32),
+        launch=np.array(numbers, np.int64),
+    )
+    return jax.tree.unflatten(tree, new)
