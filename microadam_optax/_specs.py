@@ -54,6 +54,21 @@ def of_cells(array: jax.Array, rank: int) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:rank]))
 
 
+def vary_alike(tree: Any) -> Any:
+    """Arrays in a `jax.shard_map`, all varying over the axes that one of them does."""
+
+    def axes(x: jax.Array) -> frozenset[Any]:
+        return jax.typeof(x).manual_axis_type.varying
+
+    every = frozenset().union(*map(axes, jax.tree.leaves(tree)))
+
+    def vary(x: jax.Array) -> jax.Array:
+        missing = tuple(every - axes(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, tree)
+
+
 def devices() -> int:
     """How many devices an array may be sharded over, at most."""
     mesh = jax.sharding.get_abstract_mesh()
