@@ -70,11 +70,15 @@ def update(
     launch = Launch(
         at.cell, at.blocks, at.block, settings.bits, k, interpret, settings.alpha
     )
-    f = _update_local
+    rows = (at.blocks, at.block) if not at.padded else (1, at.cell)
+    cells = leaf.gradient.reshape(*at.grid, *rows)
+    old = Rows(cells, leaf.codes, leaf.ranges, leaf.indices, leaf.values)
     if partitioned:
-        f = _partitioned(len(at.grid), steps, windowed=windowed)
-    old = Rows(*(getattr(leaf, name) for name in Rows._fields))
-    return leaf._replace(**f(old, scalars(step), platform, launch)._asdict())
+        new = _update_partitioned(old, scalars(step), platform, launch, steps)
+    else:
+        new = _update_local(old, scalars(step), platform, launch)
+    update = new.gradient.reshape(leaf.gradient.shape)
+    return leaf._replace(**new._replace(gradient=update)._asdict())
 
 
 def _scalars(step: Any, k: int | None) -> Scalars:
@@ -87,38 +91,81 @@ def _scalars(step: Any, k: int | None) -> Scalars:
     return Scalars(factors, _window.start(step.ages, k)[None], weights)
 
 
-@functools.cache
-def _partitioned(rank: int, steps: int, *, windowed: bool) -> Any:
-    """`_update_local`, where XLA partitions the program: each device runs its own.
+def _update_partitioned(
+    old: Rows, scalars: Scalars, platform: str, launch: Launch, steps: int
+) -> Rows:
+    """`_update_local` in a program that XLA partitions: each device runs its own.
 
-    All arrays lead with the grid, and may be sharded along that.
+    All arrays of the leaf lead with the grid, have two axes more, and may be sharded
+    along the grid; so do the scalars where there are several `steps`.
     """
+    rank = old.codes.ndim - 2
+    if steps:
+        scalars = _spread(scalars, old.codes.shape[:rank], steps)
+    f = _partitioned(rank, alone=not steps, windowed=old.indices is not None)
+    return f(old, scalars, platform, launch, steps)
+
+
+@functools.cache
+def _partitioned(rank: int, *, alone: bool, windowed: bool) -> Any:
+    def update(
+        old: Rows, scalars: Scalars, platform: str, launch: Launch, steps: int
+    ) -> Rows:
+        # What one device has is on no mesh, also where the program's is explicit.
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            if steps:
+                scalars = _gather(scalars, rank, steps)
+            return _update_local(old, scalars, platform, launch)
 
     def partition(
-        platform: str, launch: Launch, mesh: Any, args: Any, result: Any
+        platform: str, launch: Launch, steps: int, mesh: Any, args: Any, result: Any
     ) -> Any:
-        def local(old: Rows, scalars: Scalars) -> Rows:
-            # What one device has is on no mesh, also where the program's is explicit.
-            with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-                return _update_local(old, scalars, platform, launch)
+        # XLA proposes a sharding for each array, and any axis may be sharded.
+        old, scalars = args
+        everywhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        own, codes = old.codes.sharding, old.codes.shape
+        if own.shard_shape(codes)[rank:] != codes[rank:]:
+            own = everywhere
+        old, result = (jax.tree.map(lambda _: own, x) for x in (old, result))
+        scalars = jax.tree.map(lambda _: own if steps else everywhere, scalars)
+        local = functools.partial(update, platform=platform, launch=launch, steps=steps)
+        return mesh, local, result, (old, scalars)
 
-        shardings = (jax.tree.map(lambda x: x.sharding, tree) for tree in (result, args))
-        return mesh, local, *shardings
-
-    # Letters name axes: cells, the blocks in a cell, their bytes, ranges and entries.
-    axes = [f"g{i} " for i in range(rank)]
-    grid, first = "".join(axes), "".join(axes[:steps])
-    own = ["c", "b n", "b r"] + ["b e", "b e"] * windowed
-    rows = ", ".join(grid + names for names in own)
-    numbers = ["f", "s", "m w"] if windowed else ["f"]
-    scalars = ", ".join(first + names for names in numbers)
-    f = custom_partitioning(_update_local, static_argnums=(2, 3))
+    # Letters name axes: blocks, and cells, the blocks' bytes, ranges and entries.
+    grid = "".join(f"g{i} " for i in range(rank))
+    own = ["p c", "b n", "b r"] + ["b e", "b e"] * windowed
+    rows = ", ".join(grid + axes for axes in own)
+    numbers = ["f", "s", "m w"] if alone else [f"{grid}{x}" for x in ("o f", "o s", "m w")]
+    scalars = ", ".join(numbers if windowed else numbers[:1])
+    f = custom_partitioning(update, static_argnums=(2, 3, 4))
     f.def_partition(
         partition=partition,
+        decode_shardings=False,
         sharding_rule=f"{rows}, {scalars} -> {rows}",
-        need_replication_factors=tuple("cbnrefsmw" if windowed else "cbnrf"),
+        need_replication_factors=tuple(
+            x for x in "pcbnreofsmw" if f" {x}" in f" {rows}, {scalars}"
+        ),
     )
     return f
+
+
+def _spread(scalars: Scalars, grid: tuple[int, ...], steps: int) -> Scalars:
+    """Scalars that lead with the first axes of a grid, in every cell of it."""
+
+    def spread(x: jax.Array) -> jax.Array:
+        own = (1, *x.shape[steps:])[-2:]
+        lead = (*x.shape[:steps], *(1 for _ in grid[steps:]))
+        return jnp.broadcast_to(x.reshape(*lead, *own), (*grid, *own))
+
+    return jax.tree.map(spread, scalars)
+
+
+def _gather(scalars: Scalars, rank: int, steps: int) -> Scalars:
+    """The inverse of `_spread`, of a part of the grid."""
+    first = (*(slice(None) for _ in range(steps)), *(0 for _ in range(rank - steps)))
+    new = jax.tree.map(lambda x: x[first], scalars)
+    start = None if new.start is None else new.start[..., 0, :]
+    return Scalars(new.factors[..., 0, :], start, new.weights)
 
 
 def _update_local(old: Rows, scalars: Scalars, platform: str, launch: Launch) -> Rows:
@@ -127,15 +174,11 @@ def _update_local(old: Rows, scalars: Scalars, platform: str, launch: Launch) ->
         one = functools.partial(_update_local, platform=platform, launch=launch)
         return lax.map(lambda x: one(*x), (old, scalars))
     padded = launch.cell != launch.blocks * launch.block
-    dtype, cells = old.gradient.dtype, old.gradient
+    dtype, rows = old.gradient.dtype, old.gradient
     if padded and platform == "tpu":
-        rows = _blocks.pad(cells, launch.blocks, launch.block)
-    elif padded:
-        rows = cells
-    else:
-        rows = cells.reshape(*old.codes.shape[:-1], launch.block)
-        if platform != "tpu":
-            launch = launch._replace(cell=launch.block, blocks=1)
+        rows = _blocks.pad(rows, launch.blocks, launch.block)
+    elif not padded and platform != "tpu":
+        launch = launch._replace(cell=launch.block, blocks=1)
     if platform == "tpu" and dtype == jnp.float16:
         rows = rows.astype(jnp.float32)  # TPUs have no float16
     flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), old._replace(gradient=rows))
@@ -144,10 +187,8 @@ def _update_local(old: Rows, scalars: Scalars, platform: str, launch: Launch) ->
     update = new.gradient.astype(dtype).reshape(rows.shape)
     if padded and platform == "tpu":
         update = _blocks.unpad(update, launch.cell)
-    new = jax.tree.map(
-        lambda x, like: x.reshape(like.shape), new, old._replace(gradient=rows)
-    )
-    return new._replace(gradient=update.reshape(cells.shape))
+    new = new._replace(gradient=update)
+    return jax.tree.map(lambda x, like: x.reshape(like.shape), new, old)
 
 
 def _module(platform: str) -> Any:

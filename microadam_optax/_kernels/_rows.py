@@ -45,8 +45,13 @@ def like(rows: Rows) -> Rows:
     """Shapes and dtypes, with what `jax.shard_map` knows of them."""
 
     def shape(x: jax.Array) -> jax.ShapeDtypeStruct:
-        varying = jax.typeof(x).manual_axis_type
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying)
+        known = jax.typeof(x)
+        return jax.ShapeDtypeStruct(
+            x.shape,
+            x.dtype,
+            sharding=known.sharding,
+            manual_axis_type=known.manual_axis_type,
+        )
 
     return jax.tree.map(shape, rows)
 
