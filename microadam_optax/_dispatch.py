@@ -22,7 +22,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from microadam_optax._blocks import Layout, join, split
+from microadam_optax._blocks import Layout
 from microadam_optax._state import Settings
 
 # Platforms whose kernel None chooses: where it was measured to beat XLA.
@@ -226,7 +226,7 @@ def _compute(
     at = at._replace(shape=(*lead, *at.shape), grid=(*lead, *at.grid))
     new = _kernels().update(
         kernel,
-        leaf._replace(gradient=split(leaf.gradient, at)),
+        leaf,
         step,
         at=at,
         settings=settings,
@@ -234,7 +234,7 @@ def _compute(
         partitioned=partitioned,
         interpret=settings.implementation in INTERPRETED,
     )
-    return new._replace(gradient=join(new.gradient, at)), after
+    return new, after
 
 
 def _platforms(name: str) -> tuple[str, ...]:

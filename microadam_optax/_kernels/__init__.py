@@ -50,7 +50,7 @@ def update(
 
     Args:
       platform: one of `PLATFORMS`.
-      leaf: `_leaf.Leaf` with the gradient in cells ``(*grid, cell)``.
+      leaf: `_leaf.Leaf` with the gradient in its own shape.
       step: `_leaf.Step`.
       at: layout of the leaf.
       settings: static numbers.
@@ -70,14 +70,18 @@ def update(
     launch = Launch(
         at.cell, at.blocks, at.block, settings.bits, k, interpret, settings.alpha
     )
-    rows = (at.blocks, at.block) if not at.padded else (1, at.cell)
-    cells = leaf.gradient.reshape(*at.grid, *rows)
+    cells = leaf.gradient
+    if partitioned or platform != "cpu" or not _blocks.contiguous(at):
+        inner = (1, at.cell) if at.padded else (at.blocks, at.block)
+        cells = _blocks.split(cells, at).reshape(*at.grid, *inner)
     old = Rows(cells, leaf.codes, leaf.ranges, leaf.indices, leaf.values)
     if partitioned:
         new = _update_partitioned(old, scalars(step), platform, launch, steps)
     else:
         new = _update_local(old, scalars(step), platform, launch)
-    update = new.gradient.reshape(leaf.gradient.shape)
+    update = new.gradient
+    if cells is not leaf.gradient:
+        update = _blocks.join(update.reshape(*at.grid, at.cell), at)
     return leaf._replace(**new._replace(gradient=update)._asdict())
 
 
@@ -175,10 +179,12 @@ def _update_local(old: Rows, scalars: Scalars, platform: str, launch: Launch) ->
         return lax.map(lambda x: one(*x), (old, scalars))
     padded = launch.cell != launch.blocks * launch.block
     dtype, rows = old.gradient.dtype, old.gradient
+    if not padded and platform != "tpu":
+        launch = launch._replace(cell=launch.block, blocks=1)
+    if platform == "cpu":  # where XLA would copy what is reshaped and written in place
+        return _module(platform).update(old, scalars, launch)
     if padded and platform == "tpu":
         rows = _blocks.pad(rows, launch.blocks, launch.block)
-    elif not padded and platform != "tpu":
-        launch = launch._replace(cell=launch.block, blocks=1)
     if platform == "tpu" and dtype == jnp.float16:
         rows = rows.astype(jnp.float32)  # TPUs have no float16
     flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), old._replace(gradient=rows))
