@@ -75,6 +75,12 @@ def default_grid(shape: tuple[int, ...], block_size: int, shards: int) -> tuple[
     return (*shape[:first], cut, *(1 for _ in shape[first + 1 :]))
 
 
+def contiguous(at: Layout) -> bool:
+    """Whether the cells lie in a leaf one after another: `split` moves nothing."""
+    whole = [n // g > 1 for n, g in zip(at.shape, at.grid, strict=True)]
+    return True not in whole or not any(g > 1 for g in at.grid[whole.index(True) + 1 :])
+
+
 def split(leaf: jax.Array, at: Layout) -> jax.Array:
     """A leaf ``at.shape`` as cells ``(*at.grid, at.cell)``."""
     grid = zip(at.shape, at.grid, strict=True)

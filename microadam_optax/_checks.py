@@ -11,11 +11,9 @@ import numpy as np
 import optax
 from jax.sharding import Sharding
 
+from microadam_optax import _dispatch
 from microadam_optax._blocks import Layout
-from microadam_optax._implementation import INTERPRETED, reason_against
 from microadam_optax._state import Settings
-
-_NO_KERNEL = '`implementation="pallas"` has no kernel for'
 
 
 def check_arguments(
@@ -49,12 +47,11 @@ def check_arguments(
     if not isinstance(stochastic_rounding, bool | np.bool_):
         raise TypeError(_sentence("stochastic_rounding", "a bool", stochastic_rounding))
     _integer("seed", seed, "an integer")
-    known = (None, "xla", "pallas", *INTERPRETED)
-    names = '"xla", "pallas" or None'
+    known = (None, *_dispatch.NAMES)
+    names = '"xla", "pallas", "numba" or None'
     _require(implementation in known, "implementation", names, implementation)
-    if implementation not in (None, "xla") and (alpha or stochastic_rounding):
-        reason = "`alpha`" if alpha else "`stochastic_rounding`"
-        raise NotImplementedError(f"{_NO_KERNEL} {reason}; use None, which chooses.")
+    if implementation not in (None, "xla") and stochastic_rounding:
+        raise _no_kernel(implementation, "`stochastic_rounding`")
 
 
 def check_decays(**values: Any) -> None:
@@ -73,13 +70,15 @@ def check_decays(**values: Any) -> None:
 
 def check_kernel(path: Any, dtype: Any, at: Layout, settings: Settings) -> None:
     """Raises NotImplementedError if a kernel is named that cannot update a leaf."""
-    if settings.implementation in (None, "xla"):
+    chosen = settings.implementation
+    if chosen in (None, "xla"):
         return
-    reason = reason_against(at, dtype, settings, stochastic=False)
+    reason = _dispatch.unavailable(chosen)
     if reason is not None:
-        raise NotImplementedError(
-            f"{_NO_KERNEL} {reason}, as in {name(path)}; use None, which chooses."
-        )
+        raise NotImplementedError(f'`implementation="{chosen}"` cannot run: {reason}.')
+    reason = _dispatch.reason_against(at, dtype, settings, stochastic=False)
+    if reason is not None:
+        raise _no_kernel(chosen, f"{reason}, as in {name(path)}")
 
 
 def check_leaf(what: str, path: Any, leaf: Any, dense: bool = False) -> None:
@@ -154,6 +153,13 @@ def check_sharding(path: Any, sharding: Any) -> Sharding:
             f"PartitionSpec under jax.set_mesh, got {sharding!r}."
         )
     return sharding
+
+
+def _no_kernel(implementation: str | None, what: str) -> NotImplementedError:
+    return NotImplementedError(
+        f'`implementation="{implementation}"` has no kernel for {what}; use None, which '
+        "chooses."
+    )
 
 
 def key(path: Any) -> str:

@@ -12,7 +12,7 @@ from jax import lax
 from microadam_optax import (
     _blocks,
     _chunks,
-    _implementation,
+    _dispatch,
     _moments,
     _quantize,
     _specs,
@@ -109,7 +109,12 @@ def update_leaf(
     Jitted by itself, so that leaves of equal shapes are traced once. `after` is what
     the update of another leaf returned beside it, see `_chunks.in_chunks`.
     """
-    update = functools.partial(_update_leaf, at=at, settings=settings)
+    update = functools.partial(_dispatch.update, by_xla, at, settings)
+    manual = _specs.varying((leaf, step))
+    leaf, step = _specs.vary((leaf, step), manual)
+    if not _specs.varying(after) <= manual:
+        after = step.count  # waiting for it, this leaf would vary as well
+    after = _specs.vary(after, manual)
     if not _specs.in_types(leaf.codes):
         return update(leaf, step, after)
     # On an explicit mesh: the types say where each array is, XLA does the rest.
@@ -125,14 +130,10 @@ def update_leaf(
     return leaf, after
 
 
-def _update_leaf(
+def by_xla(
     leaf: Leaf, step: Step, after: jax.Array, at: _blocks.Layout, settings: Settings
 ) -> tuple[Leaf, jax.Array]:
-    manual = _specs.varying((leaf, step))
-    leaf, step = _specs.vary((leaf, step), manual)
-    if not _specs.varying(after) <= manual:
-        after = step.count  # waiting for it, this leaf would vary as well
-    after = _specs.vary(after, manual)
+    """`update_leaf` in operations of XLA."""
     cells = _blocks.split(leaf.gradient, at)
     if not at.padded:
         cells = cells.reshape(*at.grid, at.blocks, at.block)
@@ -173,26 +174,13 @@ def _update_leaf(
 
         return _chunks.in_chunks(piece, leaf, starts, axis, chunks, after)
 
-    def kernel(
-        platform: str, interpret: bool, leaf: Leaf, step: Step, after: jax.Array
-    ) -> tuple[Leaf, jax.Array]:
-        flat = leaf._replace(gradient=leaf.gradient.reshape(*at.grid, at.cell))
-        new = _implementation.kernels().update(
-            platform, flat, step, at=at, settings=settings, interpret=interpret
-        )
-        update = new.gradient.reshape(leaf.gradient.shape)
-        return new._replace(gradient=update), after
-
-    xla = {"default": whole}
     if chunks > 1:
         pieces = derived_as(whole, in_chunks)
-        xla = {"cuda": whole, "rocm": whole, "default": pieces}
-    possible = _implementation.may_use_kernel(
-        at, leaf.gradient.dtype, settings, stochastic=step.key is not None
-    )
-    leaf, after = _implementation.run(
-        settings.implementation, xla, kernel if possible else None, leaf, step, after
-    )
+        leaf, after = lax.platform_dependent(
+            leaf, step, after, cuda=whole, rocm=whole, default=pieces
+        )
+    else:
+        leaf, after = whole(leaf, step, after)
     update = _blocks.join(leaf.gradient.reshape(*at.grid, at.cell), at)
     return leaf._replace(gradient=update, rows=None), after
 

@@ -18,10 +18,10 @@ import microadam_optax
 from compressed import scale_by_microadam
 from kernel_cases import BF16, CASES, F16, F32, gradients
 from meshes import cases_on, collectives, make_mesh
-from microadam_optax import _implementation, state_shardings
+from microadam_optax import _dispatch, state_shardings
 from microadam_optax._kernels import gpu
 
-INTERPRETED = tuple(_implementation.INTERPRETED)
+INTERPRETED = tuple(_dispatch.INTERPRETED)
 CALLS = {"cuda": "xla.gpu.triton", "tpu": "tpu_custom_call"}
 
 
@@ -127,9 +127,9 @@ def test_none_chooses_only_what_was_measured(monkeypatch):
     leaf = jax.ShapeDtypeStruct((4, 256), F32)
     tx = scale_by_microadam()
     for platform, call in CALLS.items():
-        chosen = platform in _implementation.CHOSEN
+        chosen = platform in _dispatch.CHOSEN
         assert (call in lower(tx, leaf, platform)) == chosen
-    monkeypatch.setattr(_implementation, "CHOSEN", tuple(CALLS))
+    monkeypatch.setattr(_dispatch, "CHOSEN", tuple(CALLS))
     jax.clear_caches()  # what is chosen is no argument of what is cached
     for platform, call in CALLS.items():
         assert call in lower(tx, leaf, platform)

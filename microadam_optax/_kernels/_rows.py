@@ -10,6 +10,7 @@ bisection, counting how many reach a threshold until exactly k do.
 """
 
 import functools
+import math
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,7 +20,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from microadam_optax import _moments, _quantize
+from microadam_optax._blocks import Layout
+from microadam_optax._state import Settings
 
+_BLOCK, _SELECTED, _ENTRIES = 256, 64, 128  # the largest that a kernel takes
 FEW = 4  # up to here the k largest are found one by one
 NOWHERE = 1 << 20  # a position that no row has
 _INFINITY = 0x7F800000
@@ -41,8 +45,13 @@ def like(rows: Rows) -> Rows:
     """Shapes and dtypes, with what `jax.shard_map` knows of them."""
 
     def shape(x: jax.Array) -> jax.ShapeDtypeStruct:
-        varying = jax.typeof(x).manual_axis_type
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying)
+        known = jax.typeof(x)
+        return jax.ShapeDtypeStruct(
+            x.shape,
+            x.dtype,
+            sharding=known.sharding,
+            manual_axis_type=known.manual_axis_type,
+        )
 
     return jax.tree.map(shape, rows)
 
@@ -66,6 +75,31 @@ class Launch(NamedTuple):
     k: int
     interpret: bool = False
     alpha: float = 0.0
+
+
+def available() -> str | None:
+    """Why Pallas cannot be used here; None if it can."""
+    return None
+
+
+def reason_against(at: Layout, dtype: Any, settings: Settings) -> str | None:
+    """Why a kernel of Pallas cannot update a leaf; None if it can."""
+    k = settings.k(at.block)
+    rows = math.prod(at.grid) * at.blocks
+    widest = max(at.block, (settings.window - 1) * k)
+    limits = {
+        "64-bit gradients": jnp.dtype(dtype).itemsize > 4,
+        "`alpha` other than 0": settings.alpha,
+        f"blocks of more than {_BLOCK} elements": at.block > _BLOCK,
+        f"more than {_SELECTED} selected entries in a block": k > _SELECTED,
+        f"more than {_ENTRIES} entries in the window of a block": (
+            settings.window * k > _ENTRIES
+        ),
+        "leaves of 2**31 elements, or entries in the window, and more": (
+            rows * widest >= 2**31
+        ),
+    }
+    return next((text for text, exceeded in limits.items() if exceeded), None)
 
 
 class Chosen(NamedTuple):

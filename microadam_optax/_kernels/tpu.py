@@ -24,6 +24,8 @@ from microadam_optax import _moments
 from microadam_optax._kernels import _rows
 from microadam_optax._kernels._rows import Launch, Rows, Scalars
 
+available, reason_against = _rows.available, _rows.reason_against
+
 ROWS = 256  # in a program
 
 
