@@ -239,8 +239,9 @@ def _compute(
     return new, after
 
 
-def _platforms(name: str) -> tuple[str, ...]:
-    return NAMED.get(name) or (INTERPRETED[name],)
+def _platforms(name: str | None) -> tuple[str, ...]:
+    known = NAMED | {name: (platform,) for name, platform in INTERPRETED.items()}
+    return known[str(name)]
 
 
 @functools.cache

@@ -67,7 +67,10 @@ def gradients(shape, dtype, rng):
 def follow(shape, dtype, arguments, steps, implementation):
     """Runs both side by side."""
     tx = scale_by_microadam(**arguments, implementation=implementation)
-    known = {"error_bits": "bits", "stochastic_rounding": None, "seed": None}
+    known = {
+        "error_bits": "bits",
+        **dict.fromkeys(("stochastic_rounding", "seed", "dense")),
+    }
     names = {known.get(name, name): value for name, value in arguments.items()}
     names.pop(None, None)
     random = arguments.get("stochastic_rounding")

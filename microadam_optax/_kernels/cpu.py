@@ -44,8 +44,10 @@ def update(old: Rows, scalars: Scalars, launch: Launch) -> Rows:
     from microadam_optax._kernels import cpu_call
 
     arrays, tree = jax.tree.flatten(old)
-    slots = 0 if old.indices is None else old.indices.shape[1] // launch.k
-    numbers = (launch.cell, launch.blocks, launch.block, launch.bits, launch.k, slots)
+    slots = 0 if old.indices is None else old.indices.shape[-1] // launch.k
+    rows = old.codes.size // old.codes.shape[-1]
+    sizes = launch.cell, launch.blocks, launch.block
+    numbers = (*sizes, launch.bits, launch.k, slots, rows)
     results = jax.tree.leaves(_rows.like(old))
     call = jax.ffi.ffi_call(
         cpu_call.target(str(old.gradient.dtype)),
