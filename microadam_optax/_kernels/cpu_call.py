@@ -53,7 +53,7 @@ _OWNERS, _NEXT, _DONE, _CHUNKS, _ROWS, _SIZE, _NUMBERS, _ARRAYS = range(8)
 # Where things are in XLA's structs, in words of 8 bytes.
 _EXTENSION, _API, _CONTEXT, _ARGUMENTS, _RESULTS, _ATTRIBUTES = 1, 2, 3, 9, 14, 20
 _COUNT_OF_ARGUMENTS = 7
-_BUFFER_DATA, _BUFFER_RANK, _BUFFER_SIZES, _ARRAY_DATA = 3, 4, 5, 2
+_BUFFER_DATA, _ARRAY_DATA = 3, 2
 _ERROR_DESTROY, _SCHEDULE, _NUM_THREADS = 8, 17, 18
 
 _lock = threading.Lock()
@@ -167,9 +167,7 @@ def make_job(frame):
     else:
         job[_ARRAYS + 5] = words(arguments[3])[_BUFFER_DATA]
         job[_ARRAYS + 3] = job[_ARRAYS + 4] = job[_ARRAYS + 6] = job[_ARRAYS + 7] = 0
-    codes = words(arguments[1])
-    size = words(codes[_BUFFER_SIZES])[0]
-    block = words(job[_NUMBERS])[2]
+    block, size = words(job[_NUMBERS])[2], words(job[_NUMBERS])[6]
     rows = max(1, CHUNK // block)
     job[_SIZE], job[_ROWS], job[_CHUNKS] = size, rows, (size + rows - 1) // rows
     job[_NEXT] = job[_DONE] = 0
