@@ -311,8 +311,8 @@ def test_in_a_shard_map():
 
 
 def test_decays_are_traced():
-    case = make((4, 256), F32, {})
-    gradient = case.cells(jnp.ones((4, 256)))
+    case = make((5, 256), F32, {})
+    gradient = case.cells(jnp.ones((5, 256)))
     before = case.kernel._cache_size()
     for eps in (1e-8, 1e-4):
         case.kernel(gradient, case.first_state(), case.step(1, eps))

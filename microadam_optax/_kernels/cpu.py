@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from microadam_optax import _blocks
-from microadam_optax._kernels import _ffi, _rows
+from microadam_optax._kernels import _ffi
 from microadam_optax._kernels._rows import Launch, Rows, Scalars
 from microadam_optax._state import Settings
 
@@ -46,12 +46,18 @@ def update(old: Rows, scalars: Scalars, launch: Launch) -> Rows:
     arrays, tree = jax.tree.flatten(old)
     slots = 0 if old.indices is None else old.indices.shape[-1] // launch.k
     rows = old.codes.size // old.codes.shape[-1]
-    sizes = launch.cell, launch.blocks, launch.block
-    numbers = (*sizes, launch.bits, launch.k, slots, rows)
-    results = jax.tree.leaves(_rows.like(old))
+    numbers = (
+        launch.cell,
+        launch.blocks,
+        launch.block,
+        launch.bits,
+        launch.k,
+        slots,
+        rows,
+    )
     call = jax.ffi.ffi_call(
         cpu_call.target(str(old.gradient.dtype)),
-        results,
+        [jax.typeof(x) for x in arrays],
         input_output_aliases={i: i for i in range(len(arrays))},
     )
     new = call(

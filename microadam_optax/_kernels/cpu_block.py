@@ -7,9 +7,10 @@ whole words of 32 lanes, so that every loop is one of whole vectors. The arithme
 that of `_leaf.update_blocks`, operation by operation, and so are the bits.
 
 Selection compares the bits of ``|x|`` as integers, like `_topk`. Their k largest are
-those above a bar, which is found by counting how many are above a guess, and moving that
-by what the counts tell: the bar of the last block is the first guess, and the logarithm
-of a count is nearly linear in that of a magnitude. Three or four guesses are enough.
+those above a bar. A few are found one by one, each the largest below the last. Else the
+bar is looked for by counting how many keys are above three guesses at a time: the first
+are around the bars of the blocks before, the next where the counts leave room. Two or
+three such passes are enough.
 """
 
 from typing import Any, NamedTuple

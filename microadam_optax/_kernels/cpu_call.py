@@ -167,8 +167,7 @@ def make_job(frame):
     else:
         job[_ARRAYS + 5] = words(arguments[3])[_BUFFER_DATA]
         job[_ARRAYS + 3] = job[_ARRAYS + 4] = job[_ARRAYS + 6] = job[_ARRAYS + 7] = 0
-    size = words(job[_NUMBERS])[6]
-    block = words(job[_NUMBERS])[2]
+    block, size = words(job[_NUMBERS])[2], words(job[_NUMBERS])[6]
     rows = max(1, CHUNK // block)
     job[_SIZE], job[_ROWS], job[_CHUNKS] = size, rows, (size + rows - 1) // rows
     job[_NEXT] = job[_DONE] = 0
