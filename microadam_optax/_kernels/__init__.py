@@ -139,7 +139,9 @@ def _partitioned(rank: int, *, alone: bool, windowed: bool) -> Any:
     grid = "".join(f"g{i} " for i in range(rank))
     own = ["p c", "b n", "b r"] + ["b e", "b e"] * windowed
     rows = ", ".join(grid + axes for axes in own)
-    numbers = ["f", "s", "m w"] if alone else [f"{grid}{x}" for x in ("o f", "o s", "m w")]
+    numbers = (
+        ["f", "s", "m w"] if alone else [f"{grid}{x}" for x in ("o f", "o s", "m w")]
+    )
     scalars = ", ".join(numbers if windowed else numbers[:1])
     f = custom_partitioning(update, static_argnums=(2, 3, 4))
     f.def_partition(
