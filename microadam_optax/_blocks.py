@@ -76,7 +76,7 @@ def default_grid(shape: tuple[int, ...], block_size: int, shards: int) -> tuple[
 
 
 def contiguous(at: Layout) -> bool:
-    """Whether the cells lie in a leaf one after another, so that `split` moves nothing."""
+    """Whether cells lie in a leaf one after another, so that `split` moves nothing."""
     whole = [n // g > 1 for n, g in zip(at.shape, at.grid, strict=True)]
     return True not in whole or not any(g > 1 for g in at.grid[whole.index(True) + 1 :])
 

@@ -48,7 +48,7 @@ def reason_against(
     at: Layout, dtype: Any, settings: Settings, stochastic: bool
 ) -> str | None:
     """Why no kernel of a name can update a leaf; None if one can."""
-    name = settings.implementation
+    name = str(settings.implementation)
     reasons = [
         _kernels().reason_against(x, at, dtype, settings, stochastic)
         for x in _platforms(name)
