@@ -177,6 +177,14 @@ def test_vmap_equals_the_loop(implementation):
     assert_equal(got, stack([jax.jit(tx.update)(g, shared) for g in gradients]))
 
 
+def by_xla(f, *args):
+    """What None leaves to XLA, because it is exported."""
+    tree = jax.tree.structure(jax.eval_shape(f, *args))
+    exported = jax.export.export(jax.jit(lambda *x: jax.tree.leaves(f(*x))))(*args)
+    assert KERNEL not in str(exported.mlir_module())
+    return lambda *args: jax.tree.unflatten(tree, exported.call(*args))
+
+
 @pytest.mark.parametrize("outer", ["counts", "gradients"])
 def test_vmap_of_vmap_equals_the_loops(outer):
     tx = make()
@@ -191,9 +199,11 @@ def test_vmap_of_vmap_equals_the_loops(outer):
     want = [[jax.jit(one)(c, x) for c in counts] for x in gradients]
     if outer == "counts":
         want = list(zip(*want, strict=True))
-    got = jax.jit(g if outer == "counts" else f)(counts, gradients)
-    assert KERNEL in text(g if outer == "counts" else f, counts, gradients)
-    assert_equal(got, stack([stack(row) for row in want]))
+        f = g
+    assert KERNEL in text(f, counts, gradients)
+    for batched in (f, by_xla(f, counts, gradients)):
+        got = jax.jit(batched)(counts, gradients)
+        assert_equal(got, stack([stack(row) for row in want]))
 
 
 @pytest.mark.parametrize("implementation", [None, "interpret_gpu"])
