@@ -50,8 +50,8 @@ def check_arguments(
     known = (None, *_dispatch.NAMES)
     names = '"xla", "pallas", "numba" or None'
     _require(implementation in known, "implementation", names, implementation)
-    if implementation not in (None, "xla") and stochastic_rounding:
-        raise _no_kernel(implementation, "`stochastic_rounding`")
+    if implementation is not None and implementation != "xla" and stochastic_rounding:
+        raise _dispatch.no_kernel(implementation, "`stochastic_rounding`")
 
 
 def check_decays(**values: Any) -> None:
@@ -71,14 +71,14 @@ def check_decays(**values: Any) -> None:
 def check_kernel(path: Any, dtype: Any, at: Layout, settings: Settings) -> None:
     """Raises NotImplementedError if a kernel is named that cannot update a leaf."""
     chosen = settings.implementation
-    if chosen in (None, "xla"):
+    if chosen is None or chosen == "xla":
         return
     reason = _dispatch.unavailable(chosen)
     if reason is not None:
-        raise NotImplementedError(f'`implementation="{chosen}"` cannot run: {reason}.')
+        raise _dispatch.no_kernel(chosen, reason)
     reason = _dispatch.reason_against(at, dtype, settings, stochastic=False)
     if reason is not None:
-        raise _no_kernel(chosen, f"{reason}, as in {name(path)}")
+        raise _dispatch.no_kernel(chosen, f"{reason}, as in {name(path)}")
 
 
 def check_leaf(what: str, path: Any, leaf: Any, dense: bool = False) -> None:
@@ -153,13 +153,6 @@ def check_sharding(path: Any, sharding: Any) -> Sharding:
             f"PartitionSpec under jax.set_mesh, got {sharding!r}."
         )
     return sharding
-
-
-def _no_kernel(implementation: str | None, what: str) -> NotImplementedError:
-    return NotImplementedError(
-        f'`implementation="{implementation}"` has no kernel for {what}; use None, which '
-        "chooses."
-    )
 
 
 def key(path: Any) -> str:

@@ -48,7 +48,7 @@ def reason_against(
     at: Layout, dtype: Any, settings: Settings, stochastic: bool
 ) -> str | None:
     """Why no kernel of a name can update a leaf; None if one can."""
-    name = settings.implementation
+    name = str(settings.implementation)
     reasons = [
         _kernels().reason_against(x, at, dtype, settings, stochastic)
         for x in _platforms(name)
@@ -59,9 +59,16 @@ def reason_against(
 def unavailable(name: str) -> str | None:
     """Why no kernel of a name can be used here; None if one can."""
     if _kernels() is None:
-        return "this installation has no kernels"
+        return "an installation without `microadam_optax._kernels`"
     reasons = [_kernels().unavailable(x) for x in _platforms(name)]
     return None if None in reasons else reasons[0]
+
+
+def no_kernel(name: str, what: str) -> NotImplementedError:
+    """The error for what a kernel that is named cannot do."""
+    return NotImplementedError(
+        f'`implementation="{name}"` has no kernel for {what}; use None, which chooses.'
+    )
 
 
 def update(
@@ -210,7 +217,7 @@ def _choose(platform: str, foreign: bool, call: _Call, dtype: Any) -> str | None
         platform, call.at, dtype, call.settings, stochastic=False
     )
     if name is not None and reason is not None:
-        raise NotImplementedError(f'`implementation="{name}"` cannot run: {reason}.')
+        raise no_kernel(name, reason)
     return platform if reason is None else None
 
 
