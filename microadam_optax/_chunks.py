@@ -8,92 +8,143 @@ CPU it is faster too.
 import math
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 ELEMENTS = 2**18  # a piece of float32 is then 1 MiB
+LARGER = 4  # times that, pieces may be, if they are equal
 
 
-def plan(shape: tuple[int, ...], axes: range, devices: int) -> tuple[int, int]:
-    """Which axis of a leaf to cut, and into how many pieces: 1 to leave it whole.
+class Cut(NamedTuple):
+    """How an axis is cut: seen as ``(kept, pieces * size + rest)``, along the second."""
+
+    axis: int = 0
+    kept: int = 1
+    size: int = 1  # of a piece
+    pieces: int = 1
+    rest: int = 0  # the last piece, if there is one that is smaller
+
+
+def plan(
+    shape: tuple[int, ...], axes: range, devices: int, blocks: int | None = None
+) -> Cut:
+    """Which axis of a leaf to cut, and how; into one piece to leave it whole.
 
     Each piece keeps as many indices of the axis as it can be sharded into, a divisor
-    of the number of devices: then the pieces need no communication.
+    of the number of devices: then the pieces need no communication. They are equal
+    where no axis has such divisors that pieces are `LARGER` than wanted; else a
+    smaller one is left over, which XLA compiles once more.
+
+    Args:
+      shape: of the cells, or of their blocks.
+      axes: those that may be cut.
+      devices: how many an axis may be sharded over.
+      blocks: in a cell, the last axis, if the last of them is not full. They may be
+        cut as well, but for that.
     """
     wanted = max(1, math.prod(shape) // ELEMENTS)
 
-    def pieces(axis: int) -> int:
-        most = shape[axis] // math.gcd(shape[axis], devices)
-        return max(n for n in range(1, min(wanted, most) + 1) if most % n == 0)
+    def most(axis: int) -> int:
+        return shape[axis] // math.gcd(shape[axis], devices)
 
-    chunks = [(axis, pieces(axis)) for axis in axes]
-    return max(chunks, key=operator.itemgetter(1), default=(0, 1))
+    def equal(axis: int) -> int:
+        n = most(axis)
+        return max(i for i in range(1, min(wanted, n) + 1) if n % i == 0)
+
+    axis, pieces = max(
+        ((axis, equal(axis)) for axis in axes),
+        key=operator.itemgetter(1),
+        default=(0, 1),
+    )
+    if pieces * LARGER >= wanted:
+        return Cut(axis, shape[axis] // pieces if axes else 1, 1, pieces)
+    lengths = [(axis, most(axis)) for axis in axes]
+    if blocks is not None:
+        lengths.append((len(shape) - 1, blocks - 1))
+    axis, length = max(lengths, key=operator.itemgetter(1))
+    size = -(-length // min(wanted, max(length, 1)))
+    pieces, rest = divmod(length, size)
+    if blocks is not None and axis == len(shape) - 1:
+        return Cut(axis, 1, size, pieces, rest + 1)
+    return Cut(axis, math.gcd(shape[axis], devices), size, pieces, rest)
 
 
 def in_chunks(
     f: Callable[[Any], Any],
     arrays: Any,
     starts: Any,
-    axis: int,
-    chunks: int,
+    units: Any,
+    cut: Cut,
     after: jax.Array,
 ) -> tuple[Any, jax.Array]:
-    """``write(arrays, f(arrays), starts)``, computed in strided pieces of an axis.
+    """``write(arrays, f(arrays), starts)``, computed in pieces of an axis.
 
     Args:
       f: from a tree of arrays to one of the same structure and dtypes.
-      arrays: a tree of arrays that share the leading axes up to and with `axis`.
+      arrays: a tree of arrays that share the leading axes up to and with the one cut.
       starts: as in `write`.
-      axis: the axis to cut; `f` sees it shorter by the factor `chunks`.
-      chunks: a divisor of the size of `axis`.
+      units: how many indices of that axis each array has where others have one.
+      cut: of `plan`; `f` sees pieces of that axis.
       after: int32 >= 0 that another call returned, to run after it and so in the
         same temporary memory.
 
     Returns:
       Arrays like `arrays`, which XLA writes over the inputs, and the next `after`.
     """
+    axis = cut.axis
 
-    def cut(x: jax.Array, pieces: int = chunks) -> jax.Array:
-        """``(*lead, kept, pieces, *rest)`` without axes of size 1.
+    def view(x: jax.Array) -> jax.Array:
+        """``(*lead, kept, length, *rest)`` without axes of size 1.
 
         XLA would lay those out anew, and copy the array.
         """
-        lead = [n for n in (*x.shape[:axis], x.shape[axis] // pieces) if n > 1]
-        rest = [n for n in x.shape[axis + 1 : -1] if n > 1]
-        return _as_bits(x.reshape((*lead, pieces, *rest, x.shape[-1])))
+        lead = [n for n in (*x.shape[:axis], cut.kept) if n > 1]
+        length = x.shape[axis] // cut.kept
+        inner = [n for n in x.shape[axis + 1 : -1] if n > 1]
+        last = x.shape[axis + 1 :][-1:]
+        return _as_bits(x.reshape((*lead, length, *inner, *last)))
 
     def whole(x: jax.Array, like: jax.Array) -> jax.Array:
         return _from_bits(x, like.dtype).reshape(like.shape)
 
     def cut_axis(like: jax.Array) -> int:
-        return sum(n > 1 for n in (*like.shape[:axis], like.shape[axis] // chunks))
+        return sum(n > 1 for n in (*like.shape[:axis], cut.kept))
 
-    def one(i: jax.Array, carry: Any) -> Any:
+    def one(i: Any, carry: Any) -> Any:
         arrays_now, after = carry
 
-        def read(x: jax.Array, like: jax.Array) -> jax.Array:
-            piece = lax.dynamic_index_in_dim(x, i, cut_axis(like), keepdims=False)
-            kept = like.shape[axis] // chunks
-            shape = (*like.shape[:axis], kept, *like.shape[axis + 1 :])
+        def read(x: jax.Array, like: jax.Array, unit: int) -> jax.Array:
+            begin, length = i * (cut.size * unit), cut.size * unit
+            if isinstance(i, int):  # the last one, whose last block may not be full
+                length = x.shape[cut_axis(like)] - begin
+            piece = lax.dynamic_slice_in_dim(x, begin, length, cut_axis(like))
+            shape = (*like.shape[:axis], cut.kept * length, *like.shape[axis + 1 :])
             return _from_bits(piece, like.dtype).reshape(shape)
 
-        def put(x: jax.Array, part: jax.Array, like: jax.Array, start: Any) -> jax.Array:
+        def put(
+            x: jax.Array, part: jax.Array, like: jax.Array, start: Any, unit: int
+        ) -> jax.Array:
             at: list[Any] = [0] * x.ndim
-            at[cut_axis(like)], at[-1] = i, start
-            return lax.dynamic_update_slice(x, cut(part, 1), at)
+            at[-1] = start
+            at[cut_axis(like)] = i * (cut.size * unit)
+            return lax.dynamic_update_slice(x, view(part), at)
 
-        new = f(jax.tree.map(read, arrays_now, arrays))
-        return jax.tree.map(put, arrays_now, new, arrays, starts), jnp.maximum(after, i)
+        new = f(jax.tree.map(read, arrays_now, arrays, units))
+        new = jax.tree.map(put, arrays_now, new, arrays, starts, units)
+        return new, jnp.maximum(after, i)
 
     def begin(x: jax.Array) -> jax.Array:
         """Cut; arrays that `_as_bits` copies wait for `after`, to share memory."""
-        bits = cut(x)
+        bits = view(x)
         return bits | (after < 0).astype(bits.dtype) if bits.dtype != x.dtype else bits
 
-    result, after = lax.fori_loop(0, chunks, one, (jax.tree.map(begin, arrays), after))
+    carry = lax.fori_loop(0, cut.pieces, one, (jax.tree.map(begin, arrays), after))
+    if cut.rest:
+        carry = one(cut.pieces, carry)
+    result, after = carry
     return jax.tree.map(whole, result, arrays), after
 
 

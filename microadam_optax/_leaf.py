@@ -144,18 +144,20 @@ def by_xla(
     leaf = leaf._replace(gradient=cells, rows=rows)
 
     axes = range(len(at.grid) + (not at.padded))
-    axis, chunks = _chunks.plan(cells.shape, axes, _specs.devices())
+    blocks = at.blocks if at.padded else None
+    cut = _chunks.plan(cells.shape, axes, _specs.devices(), blocks)
 
     def pad(leaf: Leaf) -> Leaf:
-        rows = _blocks.pad(leaf.gradient, at.blocks, at.block)
+        rows = _blocks.pad(leaf.gradient, leaf.codes.shape[-2], at.block)
         return leaf._replace(gradient=rows)
 
-    def unpad(leaf: Leaf) -> Leaf:
-        return leaf._replace(gradient=_blocks.unpad(leaf.gradient, at.cell))
+    def unpad(leaf: Leaf, like: Leaf) -> Leaf:
+        cell = like.gradient.shape[-1]
+        return leaf._replace(gradient=_blocks.unpad(leaf.gradient, cell))
 
     def whole(leaf: Leaf, step: Step, after: jax.Array) -> tuple[Leaf, jax.Array]:
         new = update_blocks(pad(leaf) if at.padded else leaf, step, settings)
-        new = unpad(new) if at.padded else new
+        new = unpad(new, leaf) if at.padded else new
         return _chunks.write(leaf, new, _starts(leaf, step.ages)), after
 
     def in_chunks(leaf: Leaf, step: Step, after: jax.Array) -> tuple[Leaf, jax.Array]:
@@ -170,11 +172,14 @@ def by_xla(
             if not at.padded:
                 return f(leaf)
             new = f(pad(leaf))
-            return unpad(new._replace(gradient=fence(new.gradient)))
+            return unpad(new._replace(gradient=fence(new.gradient)), leaf)
 
-        return _chunks.in_chunks(piece, leaf, starts, axis, chunks, after)
+        units = jax.tree.map(lambda _: 1, leaf)
+        if cut.axis == len(at.grid) and at.padded:
+            units = units._replace(gradient=at.block)
+        return _chunks.in_chunks(piece, leaf, starts, units, cut, after)
 
-    if chunks > 1:
+    if cut.pieces > 1:
         pieces = derived_as(whole, in_chunks)
         leaf, after = lax.platform_dependent(
             leaf, step, after, cuda=whole, rocm=whole, default=pieces

@@ -6,12 +6,16 @@ no gradient gathers no error, and padding none either. The step is a bfloat16, s
 multiple of it is exact in float32: a fused multiply-add cannot change a bit.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from microadam_optax import _topk
+
 ABOVE = 1.004  # rounded to bfloat16, a number times this is not less than it was
-INFINITY, SIGN = 0x7F800000, -(2**31)  # bits of float32, as int32
+INFINITY, SIGN = 0x7F800000, 0x80000000  # bits of float32
 SMALLEST = 2.0**-100  # a step; what arises on the way is far from denormal
 
 
@@ -51,19 +55,20 @@ def quantize(
 def ends(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The least and the greatest of each row and zero; NaN where the row has one.
 
-    Compared as integers, in whose order the floats of either sign are: XLA for CPU
-    loses NaN in maxima of floats.
+    Bits of floats above zero are in their order as signed integers, of those below in
+    the opposite of theirs as unsigned ones, and of NaN beyond either. XLA for CPU loses
+    NaN in maxima of floats.
     """
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    high, low = (
-        jnp.max(y, axis=-1, keepdims=True, initial=0) for y in (bits, bits ^ SIGN)
-    )
-    nan = jnp.maximum(high, low) > INFINITY
-    low, high = (
-        jnp.where(nan, jnp.nan, lax.bitcast_convert_type(y, jnp.float32))
-        for y in (low, high)
-    )
-    return -low, high
+
+    def most(dtype: Any) -> jax.Array:
+        bits = lax.bitcast_convert_type(x, dtype)
+        return _topk.fold(bits, lambda part: part, jnp.maximum, jnp.max)
+
+    high = jnp.maximum(most(jnp.int32), 0)
+    low = jnp.maximum(most(jnp.uint32), jnp.uint32(SIGN))
+    nan = (high > INFINITY) | (low > jnp.uint32(SIGN | INFINITY))
+    low, high = (lax.bitcast_convert_type(y, jnp.float32) for y in (low, high))
+    return jnp.where(nan, jnp.nan, low), jnp.where(nan, jnp.nan, high)
 
 
 def multiple(x: jax.Array, step: jax.Array, half: float) -> tuple[jax.Array, jax.Array]:

@@ -37,7 +37,7 @@ def largest(x: jax.Array, k: int) -> jax.Array:
     if k == size:
         return keys >= 0  # all, but not a constant for XLA to fold through the leaf
     kth = kth_by_maxima(keys, k) if k <= FEW else kth_by_counting(keys, k, bits=31)
-    above = _fold(keys, lambda part: (part > kth).astype(jnp.int32), jnp.add, _sum)
+    above = fold(keys, lambda part: (part > kth).astype(jnp.int32), jnp.add, _sum)
     backwards = size - 1 - lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
     ties = jnp.where(keys == kth, backwards, -1)
     last = kth_by_counting(ties, k - above, bits=(size - 1).bit_length())
@@ -46,10 +46,10 @@ def largest(x: jax.Array, k: int) -> jax.Array:
 
 def kth_by_maxima(keys: jax.Array, k: int) -> jax.Array:
     """The k-th largest of each row of int32 keys >= 0: maxima of ever smaller keys."""
-    maxima = [_fold(keys, lambda part: part, jnp.maximum, jnp.max)]
+    maxima = [fold(keys, lambda part: part, jnp.maximum, jnp.max)]
     for _ in range(k - 1):
         below = functools.partial(_below, maxima[-1])
-        maxima.append(_fold(keys, below, jnp.maximum, jnp.max))
+        maxima.append(fold(keys, below, jnp.maximum, jnp.max))
     kth = maxima.pop()
     for larger in reversed(maxima):  # ties may fill the k places sooner
         (count,) = _count(keys, larger)
@@ -114,11 +114,11 @@ def _count(keys: jax.Array, *thresholds: jax.Array) -> list[jax.Array]:
         shifted = [flag << (bits * i) for i, flag in enumerate(flags)]
         return functools.reduce(jnp.add, shifted)
 
-    total = _fold(keys, reached, jnp.add, _sum)
+    total = fold(keys, reached, jnp.add, _sum)
     return [(total >> (bits * i)) & (2**bits - 1) for i in range(len(thresholds))]
 
 
-def _fold(
+def fold(
     keys: jax.Array, each: Callable, combine: Callable, reduce: Callable
 ) -> jax.Array:
     """``reduce(each(keys))`` over the last axis, a multiple of 8, kept with size 1.

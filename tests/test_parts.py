@@ -298,20 +298,29 @@ def test_debias_is_accurate(decay, count):
     assert got == pytest.approx(expected, rel=16 * 2.0**-24)
 
 
-@pytest.mark.parametrize("window", [1, 2, 4])
+CUTS = {  # a shape, and shards
+    "whole": ((64, 192), 1),
+    "padded": ((64, 190), 1),
+    "blocks axis": ((64 * 192,), 1),
+    "prime axis": ((61, 192), 1),
+    "prime axis, padded": ((61, 190), 1),
+    "prime cell": ((12289,), 1),
+    "prime cells": ((2 * 6143,), 2),
+}
+
+
 @pytest.mark.parametrize("random", [False, True])
-@pytest.mark.parametrize("axis_size", ["whole", "padded", "blocks axis"])
-def test_chunks_change_no_bit(window, random, axis_size, monkeypatch):
-    shape, block_size = {
-        "whole": ((64, 192), 64),
-        "padded": ((64, 190), 64),
-        "blocks axis": ((64 * 192,), 64),
-    }[axis_size]
+@pytest.mark.parametrize(
+    ("axis_size", "window"),
+    [(x, n) for x in CUTS for n in (1, 2, 4) if n == 2 or "prime" not in x],
+)
+def test_chunks_change_no_bit(axis_size, window, random, monkeypatch):
+    shape, shards = CUTS[axis_size]
     tx = scale_by_microadam(
         window=window,
         density=0.1,
-        block_size=block_size,
-        shards=1,
+        block_size=64,
+        shards=shards,
         stochastic_rounding=random,
     )
     results = []

@@ -197,3 +197,22 @@ def test_edges_that_do_not_align(case, kind):
     assert beside_one_device(tx, leaf, context, pinned=True) != {}
     tx = scale_by_microadam(window=3, grid=shard_grid(leaf))
     assert beside_one_device(tx, leaf, context) == {}
+
+
+@pytest.mark.parametrize("shape", [(2 * 1048573,), (2 * 1009, 2048)])
+def test_pieces_of_a_prime_number_of_blocks_need_no_communication(shape):
+    """On each device; in place, so that nothing but pieces is held besides."""
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P("x")))
+    tx = scale_by_microadam(implementation="xla")
+    with jax.set_mesh(mesh):
+        state = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            jax.eval_shape(tx.init, leaf),
+            state_shardings(tx, leaf),
+        )
+        step = jax.jit(tx.update, donate_argnums=(0, 1))
+        compiled = step.lower(leaf, state).compile()
+    assert collectives(compiled) == {}
+    pieces = 3 * 4 * 4 * _chunks.ELEMENTS
+    assert compiled.memory_analysis().temp_size_in_bytes <= pieces

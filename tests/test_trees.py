@@ -15,7 +15,7 @@ from flax.core import FrozenDict
 
 import microadam_optax
 from compressed import microadam, scale_by_microadam
-from microadam_optax import PAPER
+from microadam_optax import PAPER, _chunks
 
 SETTINGS = {
     "paper": PAPER,
@@ -186,6 +186,20 @@ def test_a_donated_step_works_in_place():
 
     one_leaf = 4 * 2**20
     assert temporary(8) - temporary(1) < one_leaf
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(2097143,), (2 * 1048573,), (2039, 1031), (7, 299993)])
+def test_temporaries_are_those_of_pieces(shape, dtype):
+    """However its axes divide; 16-bit gradients are copied besides."""
+    tx = scale_by_microadam(implementation="xla")
+    leaf = jax.ShapeDtypeStruct(shape, dtype)
+    step = jax.jit(tx.update, donate_argnums=(0, 1))
+    compiled = step.lower(leaf, jax.eval_shape(tx.init, leaf)).compile()
+    pieces = 10 * 4 * _chunks.ELEMENTS
+    if dtype == jnp.bfloat16:
+        pieces += 2.2 * leaf.size
+    assert compiled.memory_analysis().temp_size_in_bytes <= pieces
 
 
 def test_weight_decay_and_mask():
