@@ -13,8 +13,9 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from compressed import scale_by_microadam
 from meshes import collectives, make_mesh
-from microadam_optax import _dispatch, _kernels, scale_by_microadam, state_shardings
+from microadam_optax import _dispatch, _kernels, state_shardings
 
 KERNEL = "microadam_float32"  # what XLA calls
 NAMES = (None, "numba")
