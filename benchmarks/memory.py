@@ -5,16 +5,27 @@
 Nothing is allocated: shapes only, and XLA's own account of a compiled step.
 """
 
+import functools
 import math
+from typing import Any
 
 import jax
 import optax
 
 from common import SETTINGS, report, transformations
+from microadam_optax import microadam
 from microadam_optax._models import MODELS, shapes_of
 from microadam_optax.memory import optimizer_bytes
 
 SHOWN = {"Llama-2-7B": "llama2-7b", "GPT-2 small": "gpt2"}
+LEAVES = {  # shape and number
+    "1024 x 4096": ((1024, 4096), 1),
+    "20 of 1024 x 4096": ((1024, 4096), 20),
+    "4096 x 11008": ((4096, 11008), 1),
+    "50257 x 768": ((50257, 768), 1),
+    "12 x 768 x 3072": ((12, 768, 3072), 1),
+    "4,194,301": ((4_194_301,), 1),
+}
 RATE = 1e-3  # plays no part in what is held
 PEERS = {
     "Adam": optax.scale_by_adam(),
@@ -26,8 +37,15 @@ for rank in (128, 1024):
     PEERS[f"GaLore, rank {rank}"] = optax.contrib.galore(RATE, rank=rank)
 
 
-def by_arithmetic(window: int, density: float, bits: int = 4, block: int = 256) -> float:
+def by_arithmetic(
+    window: int = 2,
+    density: float = 0.06,
+    bits: int = 4,
+    block: int = 256,
+    dense: Any = None,
+) -> float:
     """Bytes a parameter of a leaf that its blocks fill."""
+    del dense  # of others
     k = math.ceil(density * block)
     return bits / 8 + (window - 1) * k * 3 / block + 4 / block
 
@@ -45,16 +63,36 @@ def state_bytes(params: dict[str, jax.ShapeDtypeStruct]) -> dict[str, float]:
     return {name: optimizer_bytes(tx, params) / number for name, tx in txs.items()}
 
 
-def temporary_bytes(tx: optax.GradientTransformation, leaves: int) -> int:
-    """Of a jitted update with gradients and state donated, over equal leaves."""
-    gradients = [jax.ShapeDtypeStruct((1024, 4096), "float32")] * leaves
-    state = jax.eval_shape(tx.init, gradients)
+def temporary_bytes(tx: optax.GradientTransformation, leaves: list[Any]) -> int:
+    """Of a jitted update with gradients and state donated."""
+    state = jax.eval_shape(tx.init, leaves)
     step = jax.jit(tx.update, donate_argnums=(0, 1))
-    return step.lower(gradients, state).compile().memory_analysis().temp_size_in_bytes
+    return step.lower(leaves, state).compile().memory_analysis().temp_size_in_bytes
+
+
+def temporaries() -> dict[str, dict[str, int]]:
+    """Bytes of leaves of several shapes, and what their update needs beside."""
+    kept = {name: kw for name, kw in SETTINGS.items() if kw}
+    rows = {}
+    for name, (shape, number) in LEAVES.items():
+        leaves = [jax.ShapeDtypeStruct(shape, "float32")] * number
+        row = {
+            "leaf": 4 * leaves[0].size,
+            "Adam": temporary_bytes(optax.adam(RATE), leaves),
+        }
+        for how, implementation in (("kernel", None), ("XLA", "xla")):
+            of = functools.partial(microadam, RATE, implementation=implementation)
+            found = [temporary_bytes(of(**kw), leaves) for kw in ({}, *kept.values())]
+            row[how], row[f"{how}, most"] = found[0], max(found)
+        rows[name] = row
+        print(
+            f"  {name:20}", {x: f"{n / 1e6:.1f} MB" for x, n in row.items()}, flush=True
+        )
+    return rows
 
 
 def main() -> None:
-    results: dict = {"state_bytes_a_parameter": {}, "temporary_bytes": {}}
+    results: dict = {"state_bytes_a_parameter": {}}
     for name, model in SHOWN.items():
         params = shapes(model)
         total = sum(leaf.size for leaf in params.values())
@@ -62,18 +100,10 @@ def main() -> None:
         print(f"{name}, {total:,} parameters: bytes of state for each")
         for setting, held in results["state_bytes_a_parameter"][name].items():
             known = SETTINGS.get(setting)
-            formula = f"{by_arithmetic(**known):.3f} by the formula" if known else ""
+            formula = "" if known is None else f"{by_arithmetic(**known):.3f} by formula"
             print(f"  {setting:10} {held:.3f}  {formula}")
-    print("temporary bytes of a donated update, leaves of 1024 x 4096 float32 (16.8 MB)")
-    for setting, tx in {"Adam": optax.scale_by_adam(), **transformations()}.items():
-        scaled = optax.chain(tx, optax.scale_by_learning_rate(1e-3))
-        some = {
-            f"{leaves}{name}": temporary_bytes(each, leaves)
-            for name, each in (("", tx), (" scaled", scaled))
-            for leaves in (1, 20)
-        }
-        results["temporary_bytes"][setting] = some
-        print(f"  {setting:10}", {name: f"{n / 1e6:.2f} MB" for name, n in some.items()})
+    print("temporary bytes of a donated update, float32, learning rate included")
+    results["temporary_bytes"] = temporaries()
     report("memory", results)
 
 
