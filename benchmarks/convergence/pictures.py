@@ -151,6 +151,6 @@ def state_bytes(held: dict[str, float], file: pathlib.Path) -> None:
     bars = axes.barh(list(held), list(held.values()), color=colors)
     axes.bar_label(bars, fmt="{:.3f}", padding=3)
     axes.invert_yaxis()
-    axes.margins(x=0.1)
+    axes.margins(x=0.12)
     axes.set(xlabel="bytes of state a parameter, Llama-2-7B in float32")
     save(figure, file)
