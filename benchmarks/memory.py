@@ -18,13 +18,14 @@ from microadam_optax._models import MODELS, shapes_of
 from microadam_optax.memory import optimizer_bytes
 
 SHOWN = {"Llama-2-7B": "llama2-7b", "GPT-2 small": "gpt2"}
-LEAVES = {  # shape and number
-    "1024 x 4096": ((1024, 4096), 1),
-    "20 of 1024 x 4096": ((1024, 4096), 20),
-    "4096 x 11008": ((4096, 11008), 1),
-    "50257 x 768": ((50257, 768), 1),
-    "12 x 768 x 3072": ((12, 768, 3072), 1),
-    "4,194,301": ((4_194_301,), 1),
+LEAVES = {  # shape, dtype and number
+    "1024 x 4096": ((1024, 4096), "float32", 1),
+    "20 of 1024 x 4096": ((1024, 4096), "float32", 20),
+    "4096 x 11008": ((4096, 11008), "float32", 1),
+    "4096 x 11008, bfloat16": ((4096, 11008), "bfloat16", 1),
+    "50257 x 768": ((50257, 768), "float32", 1),
+    "12 x 768 x 3072": ((12, 768, 3072), "float32", 1),
+    "4,194,301": ((4_194_301,), "float32", 1),
 }
 RATE = 1e-3  # plays no part in what is held
 PEERS = {
@@ -74,10 +75,10 @@ def temporaries() -> dict[str, dict[str, int]]:
     """Bytes of leaves of several shapes, and what their update needs beside."""
     kept = {name: kw for name, kw in SETTINGS.items() if kw}
     rows = {}
-    for name, (shape, number) in LEAVES.items():
-        leaves = [jax.ShapeDtypeStruct(shape, "float32")] * number
+    for name, (shape, dtype, number) in LEAVES.items():
+        leaves = [jax.ShapeDtypeStruct(shape, dtype)] * number
         row = {
-            "leaf": 4 * leaves[0].size,
+            "leaf": leaves[0].dtype.itemsize * leaves[0].size,
             "Adam": temporary_bytes(optax.adam(RATE), leaves),
         }
         for how, implementation in (("kernel", None), ("XLA", "xla")):
@@ -102,7 +103,7 @@ def main() -> None:
             known = SETTINGS.get(setting)
             formula = "" if known is None else f"{by_arithmetic(**known):.3f} by formula"
             print(f"  {setting:10} {held:.3f}  {formula}")
-    print("temporary bytes of a donated update, float32, learning rate included")
+    print("temporary bytes of a donated update, learning rate included")
     results["temporary_bytes"] = temporaries()
     report("memory", results)
 

@@ -48,7 +48,7 @@ def temporary_table(results: dict) -> str:
         mb = {x: f"{number / 1e6:.1f}" for x, number in held.items()}
         ours = [f"{mb[x]} MB ({mb[f'{x}, most']})" for x in ("kernel", "XLA")]
         rows.append([name, f"{mb['leaf']} MB", f"{mb['Adam']} MB", *ours])
-    header = ["float32 leaves", "one holds", "optax.adam"]
+    header = ["leaves", "one holds", "optax.adam"]
     return table([*header, "MicroAdam, kernel", "MicroAdam without numba"], rows)
 
 

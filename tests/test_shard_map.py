@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 
 from compressed import scale_by_microadam
 
-
 DEVICES, STEPS = 2, 2
 WHOLE, CHUNKED = (40, 64), (512, 1024)
 KINDS = {
