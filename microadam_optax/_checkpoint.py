@@ -101,7 +101,7 @@ def _check_dense(here: Names, paths: list[Any], found: dict, wanted: dict) -> No
     differ += [x for x in was if x in having(wanted, "codes")]
     if differ:
         names = ", ".join(_checks.name(path) for path in was)
-        made = f"a `dense` that names {names}" if was else "`dense=None`"
+        made = f"a `dense` that names {names}" if was else "`dense=None`, or other shapes"
         raise ValueError(
             f"The saved optimizer state was made with {made}, but the `dense` of this "
             f"transformation {'names' if differ[0] in now else 'lacks'} "

@@ -85,7 +85,7 @@ def diagnostics(state: Any, gradients: Any = None, updates: Any = None) -> Diagn
         alone does not tell the shapes of the leaves.
 
     Returns:
-      `Diagnostics`: `Health` in total and of each leaf.
+      `Diagnostics`: `Health` in total and of each leaf, NaN and {} if all are dense.
 
     Raises:
       ValueError: neither gradients nor updates; no MicroAdam in the state; or trees that
@@ -108,13 +108,16 @@ def diagnostics(state: Any, gradients: Any = None, updates: Any = None) -> Diagn
         )
     given = [_by_path(tree) for tree in (gradients, updates)]
     sums: dict[Any, _Sums] = {}
-    for node in jax.tree.leaves(state, is_leaf=_is_own):
-        if _is_own(node):
-            for path, _ in jax.tree_util.tree_leaves_with_path(node.codes):
-                sums[path] = _sums_of(path, node, *(x.get(path) for x in given))
-    if not sums:
-        raise ValueError("There is no MicroAdamState with leaves in `state`.")
-    total = functools.reduce(lambda a, b: _Sums(*map(operator.add, a, b)), sums.values())
+    nodes = [x for x in jax.tree.leaves(state, is_leaf=_is_own) if _is_own(x)]
+    if not nodes:
+        raise ValueError("There is no MicroAdamState in `state`.")
+    for node in nodes:
+        for path, _ in jax.tree_util.tree_leaves_with_path(node.codes):
+            sums[path] = _sums_of(path, node, *(x.get(path) for x in given))
+    none = _Sums(*(jnp.float32(0) for _ in _Sums._fields))
+    total = functools.reduce(
+        lambda a, b: _Sums(*map(operator.add, a, b)), sums.values(), none
+    )
     each = zip(_names(sums), map(_health, sums.values()), strict=True)
     return Diagnostics(_health(total), dict(each))
 

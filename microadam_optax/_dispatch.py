@@ -225,7 +225,7 @@ def _compute(
     kernel: str | None, partitioned: bool, call: _Call, leaf: Any, step: Any, after: Any
 ) -> tuple[Any, Any]:
     at, settings = call.at, call.settings
-    if kernel is None:
+    if kernel is None or 0 in leaf.gradient.shape:
         f = functools.partial(call.by_xla, at=at, settings=settings)
         for axis in range(call.outer):
             steps = 0 if axis >= call.outer - call.steps else None

@@ -92,16 +92,16 @@ def check_state(
     dense: bool,
 ) -> Layout | None:
     """The layout of a leaf, None if it is dense; ValueError if the state is not its."""
+    if isinstance(state, Moments) and state.mu.shape != shape:
+        raise ValueError(_other_shape(path, state.mu.shape, shape))
     if isinstance(state, Moments) != dense:
         raise ValueError(
             f"The optimizer state of {name(path)} is "
             + ("compressed, but `dense` names" if dense else "dense, but `dense` lacks")
             + " it: it was made with another `dense`"
-            + (" (None compresses every leaf)." if dense else ".")
+            + (" (None compresses every leaf), or for another shape." if dense else ".")
         )
     if isinstance(state, Moments):
-        if state.mu.shape != shape:
-            raise ValueError(_other_shape(path, state.mu.shape, shape))
         return None
     window = 1 if ages is None else ages.size + 1
     found = LeafState(*(None if x is None else x.shape for x in state))

@@ -18,7 +18,7 @@ from microadam_optax import _state as _states
 from microadam_optax._state import MicroAdamState
 
 PAPER: dict[str, Any] = {"window": 10, "density": 0.01, "dense": None}
-TRACED = ("weight_decay",)  # of the arguments that have no place
+TRACED = {"weight_decay"}  # of the arguments that are given by name
 _SMALL = _dense.smaller_than(4096)
 
 
@@ -156,8 +156,10 @@ def scale_by_microadam(
     ) -> tuple[optax.Updates, MicroAdamState]:
         _fit.check_structure(updates, state)
         leaves, tree = _flatten(updates)
-        choices = _dense.choose(dense, updates)
         states = _states.unpack(state, tree)
+        choices = [isinstance(old, _states.Moments) for old in states]
+        if not _specs.is_manual():  # else what `dense` sees need not be a whole leaf
+            choices = _dense.choose(dense, updates)
         layouts = []
         for (path, gradient), old, is_dense in zip(leaves, states, choices, strict=True):
             _checks.check_leaf("Gradients", path, gradient, is_dense)
@@ -207,7 +209,9 @@ def _update_dense(
     mu, nu = ([getattr(x, name) for x in dense.values()] for name in ("mu", "nu"))
     old = optax.ScaleByAdamState(count, mu, nu)
     updates, new = adam.update([gradients[i] for i in dense], old)
-    moments = map(_states.Moments, new.mu, new.nu)
+    # optax lets them take the dtype of a wider gradient, and a scan then fails.
+    kept = jax.tree.map(lambda x, like: x.astype(like.dtype), new, old)
+    moments = map(_states.Moments, kept.mu, kept.nu)
     return dict(zip(dense, zip(updates, moments, strict=True), strict=True))
 
 
@@ -324,7 +328,8 @@ def static_args(make: Callable[..., Any]) -> tuple[str, ...]:
     functions for schedules unless it is told otherwise.
 
     Args:
-      make: `microadam` or `scale_by_microadam`.
+      make: `microadam` or `scale_by_microadam`, or a function with arguments of the
+        same names.
 
     Returns:
       Names of arguments.
@@ -335,12 +340,11 @@ def static_args(make: Callable[..., Any]) -> tuple[str, ...]:
       >>> make = optax.inject_hyperparams(microadam, static_args=static_args(microadam))
       >>> state = make(learning_rate=0.1, window=1).init(jnp.zeros(3))
       >>> sorted(state.hyperparams)
-      ['b1', 'b2', 'eps', 'learning_rate', 'weight_decay']
+      ['b1', 'b2', 'eps', 'eps_root', 'learning_rate', 'weight_decay']
     """
-    named = inspect.signature(make).parameters.values()
-    return tuple(
-        x.name for x in named if x.kind == x.KEYWORD_ONLY and x.name not in TRACED
-    )
+    ours = inspect.signature(microadam).parameters.values()
+    static = {x.name for x in ours if x.kind == x.KEYWORD_ONLY} - TRACED
+    return tuple(name for name in inspect.signature(make).parameters if name in static)
 
 
 def _flatten(tree: Any) -> tuple[list[tuple[Any, Any]], Any]:

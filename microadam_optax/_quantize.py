@@ -15,7 +15,7 @@ from jax import lax
 from microadam_optax import _topk
 
 ABOVE = 1.004  # rounded to bfloat16, a number times this is not less than it was
-INFINITY, SIGN = 0x7F800000, 0x80000000  # bits of float32
+INFINITY, NAN, SIGN = 0x7F800000, 0x7FC00000, 0x80000000  # bits of float32
 SMALLEST = 2.0**-100  # a step; what arises on the way is far from denormal
 
 
@@ -67,8 +67,9 @@ def ends(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     high = jnp.maximum(most(jnp.int32), 0)
     low = jnp.maximum(most(jnp.uint32), jnp.uint32(SIGN))
     nan = (high > INFINITY) | (low > jnp.uint32(SIGN | INFINITY))
+    low, high = (jnp.where(nan, y.dtype.type(NAN), y) for y in (low, high))
     low, high = (lax.bitcast_convert_type(y, jnp.float32) for y in (low, high))
-    return jnp.where(nan, jnp.nan, low), jnp.where(nan, jnp.nan, high)
+    return low, high
 
 
 def multiple(x: jax.Array, step: jax.Array, half: float) -> tuple[jax.Array, jax.Array]:

@@ -70,6 +70,11 @@ def vary(tree: Any, axes: frozenset[Any]) -> Any:
     return jax.tree.map(cast, tree)
 
 
+def is_manual() -> bool:
+    """Whether a `jax.shard_map` is around: arrays may be parts of a leaf."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def devices() -> int:
     """How many devices an array may be sharded over, at most."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -437,3 +437,21 @@ caching.CacheImpl._locator_classes = [caching.UserProvidedCacheLocator]
     done = run_python(program, NUMBA_CACHE_DIR=str(blocked / "cache"))
     assert done.stdout.endswith("[0, 0]\n")
     assert list(pathlib.Path(tmp_path).iterdir()) == [blocked]
+
+
+def test_threads_may_come_first_together():
+    program = """
+import concurrent.futures, threading
+import jax, jax.numpy as jnp
+from microadam_optax import scale_by_microadam
+tx = scale_by_microadam(dense=None)
+state, barrier = tx.init(jnp.ones(64)), threading.Barrier(4)
+def run(i):
+    barrier.wait()
+    return jax.jit(lambda g, s: tx.update(g * i, s))(jnp.ones(64), state)
+with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    print(len(list(pool.map(run, range(4)))))
+"""
+    command = [sys.executable, "-W", "error", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "4\n", done.stderr

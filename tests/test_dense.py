@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import microadam_optax as package
 from compressed import microadam, scale_by_microadam
@@ -283,6 +285,53 @@ def test_what_version_0_1_made_is_refused():
         check_checkpoint(jax.eval_shape(old.init, PARAMS), tx, PARAMS)
     with pytest.raises(TypeError, match=r"got a PartitionState: .* microadam_optax 0\.1"):
         tx.update(PARAMS, old.init(PARAMS))
+
+
+@pytest.mark.promotes
+def test_parts_of_a_leaf_below_the_limit():
+    """In a shard_map `dense` would see parts: what the state has is right."""
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+    params = {"w": jnp.ones((128, 64))}
+    tx = package.scale_by_microadam()
+    state = tx.init(params)
+    specs = jax.tree.map(lambda x: P("d") if x.ndim > 1 else P(), state)
+    update = jax.shard_map(
+        tx.update,
+        mesh=mesh,
+        in_specs=(P("d"), specs),
+        out_specs=(P("d"), specs),
+    )
+    updates, _ = jax.jit(update)(params, state)
+    chex.assert_trees_all_equal(updates, tx.update(params, state)[0])
+
+
+@pytest.mark.promotes
+def test_moments_keep_their_dtype():
+    params = {"b": jnp.ones(64, jnp.bfloat16)}
+    tx = package.scale_by_microadam()
+
+    def step(state, _):
+        return tx.update({"b": jnp.ones(64)}, state)[::-1]
+
+    state, updates = jax.lax.scan(step, tx.init(params), length=3)
+    assert state.nu["b"].dtype == jnp.bfloat16
+    assert updates["b"].dtype == jnp.float32
+
+
+def test_static_args_of_a_function_around():
+    def make(learning_rate, window=2, weight_decay=0.1):
+        return microadam(learning_rate, window=window, weight_decay=weight_decay)
+
+    assert static_args(make) == ("window",)
+    assert "b1" not in static_args(functools.partial(package.microadam, b1=0.8))
+
+
+def test_diagnostics_of_dense_leaves_alone():
+    tx, params = package.microadam(0.1), {"b": jnp.ones(64)}
+    updates, state = tx.update(params, tx.init(params), params)
+    found = diagnostics(state, params, updates)
+    assert found.leaves == {}
+    assert jnp.isnan(found.total.error_over_gradient)
 
 
 def test_the_state_of_another_optimizer_is_refused():

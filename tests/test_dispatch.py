@@ -425,3 +425,11 @@ def test_x64_mode_changes_nothing():
 def test_platforms_have_kernels():
     named = {x for platforms in _dispatch.NAMED.values() for x in platforms}
     assert set(_dispatch.CHOSEN) <= named == set(_kernels.PLATFORMS)
+
+
+def test_an_axis_of_nothing():
+    tx = scale_by_microadam()
+    state = tx.init(jnp.ones(64))
+    batched = jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), state)
+    updates, _ = jax.jit(jax.vmap(tx.update))(jnp.zeros((0, 64)), batched)
+    assert updates.shape == (0, 64)

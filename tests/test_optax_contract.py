@@ -27,7 +27,7 @@ VARIANTS = {
     "full": {"window": 3, "density": 1.0, "dense": None},
 }
 # A rate with which 10,000 steps cover the way to optax's targets.
-RATE = dict.fromkeys(VARIANTS, 3e-4) | {"window1": 1e-3}
+RATE = dict.fromkeys(VARIANTS, 3e-4) | {"window1": 1e-3, "default": 1e-2}
 
 
 def variant(name):

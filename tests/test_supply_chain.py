@@ -11,7 +11,11 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 RUNTIME = {"jax", "optax"}
 WITH_JAX = {"numpy"}  # jax itself requires it
-OPTIONAL = {"rich": "_planner.py"}  # the extra `planner`
+OPTIONAL = {  # the extras `planner` and `cpu`, and the files that may want them
+    "rich": {"_planner.py"},
+    "numba": {"cpu.py", "cpu_block.py", "cpu_call.py", "cpu_llvm.py"},
+    "llvmlite": {"cpu_call.py", "cpu_llvm.py"},  # numba requires it
+}
 UNSAFE = {
     "pickle",
     "cPickle",
@@ -53,7 +57,7 @@ def test_the_package_imports_nothing_else():
     for file in sources("microadam_optax"):
         for name in imported(file):
             known = name in sys.stdlib_module_names | RUNTIME | WITH_JAX
-            optional = OPTIONAL.get(name) == file.name
+            optional = file.name in OPTIONAL.get(name, ())
             assert known or optional or name == "microadam_optax", (file, name)
 
 

@@ -270,21 +270,22 @@ def handle_float64(frame):
     return handle(frame, address_of_symbol("microadam_task_float64"))
 
 
-@functools.cache
 def target(dtype: str) -> str:
     """The name under which XLA knows the handler for gradients of a dtype."""
     name = f"microadam_{dtype}"
-    with _lock:
+    with _lock:  # a name cannot be registered twice
+        if name in kept:
+            return name
         task = _compiled(globals()[f"task_{dtype}"])
         llvmlite.binding.add_symbol(f"microadam_task_{dtype}", task.address)
         handler = _compiled(globals()[f"handle_{dtype}"])
-        kept.extend([task, handler])
         function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(handler.address)
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")
+        kept[name] = task, handler
     return name
 
 
-kept: list[Any] = []
+kept: dict[str, Any] = {}  # what XLA calls, by the name of its handler
 
 
 def _compiled(f: Any) -> Any:
