@@ -322,6 +322,7 @@ def test_chunks_change_no_bit(axis_size, window, random, monkeypatch):
         block_size=64,
         shards=shards,
         stochastic_rounding=random,
+        implementation="xla",
     )
     results = []
     for elements in (2**30, 1000):

@@ -17,7 +17,7 @@ import multi_steps
 import nnx_optimizer
 import orbax_resume
 import plain_jax
-from microadam_optax import scale_by_microadam
+from compressed import scale_by_microadam
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 PLAIN = [plain_jax, nnx_optimizer, linen_train_state, equinox_model, inject_hyperparams]
@@ -87,7 +87,14 @@ def test_private_gradients_reach_microadam_clipped_and_averaged():
 
 def test_every_example_is_listed():
     text = (EXAMPLES / "README.md").read_text()
-    helpers = {"bert", "docstrings", "language_model", "text_data", "digits"}
+    helpers = {
+        "bert",
+        "command_line",
+        "docstrings",
+        "language_model",
+        "text_data",
+        "digits",
+    }
     for file in EXAMPLES.rglob("*.py"):
         command = f"`python examples/{file.relative_to(EXAMPLES)}"
         assert (command in text) != (file.stem in helpers), file
