@@ -129,10 +129,10 @@ def test_types_are_those_of_adam():
 
     def f(own, shared):
         both = tree(own[0, 0], shared[0])
-        for tx in (scale_by_microadam(), optax.scale_by_adam()):
+        each = {"codes": scale_by_microadam(), "mu": optax.scale_by_adam()}
+        for field, tx in each.items():
             state = tx.init(both)
             updates, after = tx.update(both, state)
-            field = "mu" if hasattr(state, "mu") else "codes"
             trees = updates, getattr(state, field), getattr(after, field)
             axes = jax.tree.map(lambda x: jax.typeof(x).manual_axis_type.varying, trees)
             found[field] = axes, jax.typeof(after.count).manual_axis_type.varying
