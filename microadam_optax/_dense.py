@@ -32,7 +32,7 @@ def smaller_than(size: int) -> Callable[[Any, Any], bool]:
       >>> params = {"w": jnp.zeros((256, 64)), "b": jnp.zeros(64)}
       >>> state = tx.init(params)[0]
       >>> state.codes["w"].shape, state.mu["w"]
-      ((256, 1, 1, 32), MaskedNode())
+      ((8, 1, 8, 128), MaskedNode())
       >>> state.codes["b"], state.mu["b"].shape
       (MaskedNode(), (64,))
     """

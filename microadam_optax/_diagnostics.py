@@ -95,8 +95,8 @@ def diagnostics(state: Any, gradients: Any = None, updates: Any = None) -> Diagn
       >>> import jax, jax.numpy as jnp
       >>> from microadam_optax import diagnostics, microadam
       >>> tx = microadam(1e-3, window=3, density=0.25)
-      >>> params = {"w": jnp.zeros((8, 64))}
-      >>> gradients = {"w": jax.random.normal(jax.random.key(0), (8, 64))}
+      >>> params = {"w": jnp.zeros((64, 64))}
+      >>> gradients = {"w": jax.random.normal(jax.random.key(0), (64, 64))}
       >>> updates, state = tx.update(gradients, tx.init(params))
       >>> found = diagnostics(state, gradients, updates)
       >>> float(found.total.nonzero_updates), float(found.leaves["w"].window_filled)
