@@ -19,8 +19,9 @@ class MicroAdamState(NamedTuple):
     Every field but `count`, `ages` and `key` is a tree like the parameters. A leaf is
     either compressed or dense, and where a field has nothing of it stands an
     `optax.MaskedNode`, so `optax.tree.map_params` with further trees needs
-    ``is_leaf=lambda x: isinstance(x, optax.MaskedNode)``, as after `optax.masked`. The arrays of a compressed leaf lead with its grid, so its
-    PartitionSpec is valid for each of them.
+    ``is_leaf=lambda x: isinstance(x, optax.MaskedNode)``, as after `optax.masked`.
+    The arrays of a compressed leaf lead with its grid, so its PartitionSpec is valid for
+    each of them.
 
     Attributes:
       count: int32 scalar, steps done.
