@@ -42,7 +42,9 @@ def test_it_trains_on_files_and_draws(optimizer, tmp_path, capsys, monkeypatch):
     speeds = fake_clock(monkeypatch)
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be, that is the question. " * 60)
-    plot = run(tmp_path, "--data", str(text), "--optimizer", optimizer)
+    # So wide that most of it is not in small leaves, which are dense.
+    wide = ("--width", "64")
+    plot = run(tmp_path, "--data", str(text), "--optimizer", optimizer, *wide)
     out, err = capsys.readouterr()
     assert re.match(r"compiling the training step \.\.\. \d+\.\d s\n", err)
     assert set(re.findall(r"([\d,]+) tokens/s", err)) == speeds
@@ -50,8 +52,7 @@ def test_it_trains_on_files_and_draws(optimizer, tmp_path, capsys, monkeypatch):
         int(number.replace(",", ""))
         for number in re.search(r"state: \w+ ([\d,]+) bytes.*Adam ([\d,]+)", out).groups()
     )
-    # Half of so small a model is in small leaves, which are dense.
-    assert held < 0.6 * adam if optimizer == "microadam" else held >= adam
+    assert held < 0.2 * adam if optimizer == "microadam" else held >= adam
     assert re.search(r"validation loss \d\.\d+ nats a byte, unigram model \d\.\d+", out)
     assert plot.read_bytes().startswith(b"\x89PNG")
 
@@ -135,7 +136,7 @@ def test_a_file_that_is_there_is_only_tried(tmp_path):
 
 @pytest.mark.promotes
 def test_pure_bfloat16(capsys):
-    sizes = {"steps": 40, "batch": 4, "length": 16, "width": 16, "depth": 1}
+    sizes = {"steps": 40, "batch": 4, "length": 16, "width": 64, "depth": 1}
     arguments = [f"--{name}={size}" for name, size in sizes.items()]
     assert (
         pure_bfloat16.main(["--quiet", "--window=1", "--learning-rate=1e-4", *arguments])
@@ -145,5 +146,5 @@ def test_pure_bfloat16(capsys):
     assert err == ""
     lines = out.splitlines()
     shares = [int(re.search(r"(\d+)% of late", line)[1]) for line in lines]
-    assert shares[0] <= 1  # leaves so small are dense: Adam has tiny updates, too
+    assert shares[0] == 0
     assert min(shares[1:]) > 50
