@@ -61,7 +61,9 @@ def check_structure(updates: Any, state: Any) -> None:
     def kept(codes: Any, mu: Any) -> Any:
         return mu if is_masked(codes) else codes
 
-    state_tree = jax.tree.map(kept, state.codes, state.mu, is_leaf=is_masked)
+    state_tree = state.codes
+    if state.mu is not None:
+        state_tree = jax.tree.map(kept, state.codes, state.mu, is_leaf=is_masked)
     structures: list[Any] = [jax.tree.structure(x) for x in (updates, state_tree)]
     if structures[0] == structures[1]:
         return

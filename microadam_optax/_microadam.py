@@ -147,7 +147,9 @@ def scale_by_microadam(
             for (_, leaf), is_dense, at in zip(leaves, choices, layouts, strict=True)
         ]
         ages = _window.first(window - 1) if window > 1 else None
-        return _states.pack(moments.count, ages, key, states, tree)
+        return _states.pack(
+            moments.count, ages, key, states, tree, mixed=dense is not None
+        )
 
     def update_fn(
         updates: optax.Updates,
@@ -190,7 +192,8 @@ def scale_by_microadam(
             new[number] = leaf.gradient, leaf.state
         ages = None if old_ages is None else _window.older(old_ages)
         results = [new[number] for number in range(len(leaves))]
-        new_state = _states.pack(count, ages, state.key, [x for _, x in results], tree)
+        new_states, mixed = [x for _, x in results], state.mu is not None
+        new_state = _states.pack(count, ages, state.key, new_states, tree, mixed)
         return tree.unflatten(x for x, _ in results), new_state
 
     return optax.GradientTransformation(init_fn, update_fn)

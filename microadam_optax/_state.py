@@ -20,6 +20,7 @@ class MicroAdamState(NamedTuple):
     either compressed or dense, and where a field has nothing of it stands an
     `optax.MaskedNode`, so `optax.tree.map_params` with further trees needs
     ``is_leaf=lambda x: isinstance(x, optax.MaskedNode)``, as after `optax.masked`.
+    With ``dense=None`` there are none, and `mu` and `nu` are None.
     The arrays of a compressed leaf lead with its grid, so its PartitionSpec is valid for
     each of them.
 
@@ -89,8 +90,12 @@ def pack(
     key: Any,
     leaves: Sequence[LeafState | Moments],
     tree: Any,
+    mixed: bool,
 ) -> MicroAdamState:
-    """The states of all leaves as one, each field a tree like the parameters."""
+    """The states of all leaves as one, each field a tree like the parameters.
+
+    There are no fields for dense leaves unless it is `mixed`.
+    """
 
     def field(name: str) -> Any:
         return tree.unflatten(getattr(x, name, optax.MaskedNode()) for x in leaves)
@@ -99,6 +104,8 @@ def pack(
     fields = {name: field(name) for name in names}
     if ages is None:
         fields |= {"indices": None, "values": None}
+    if not mixed:
+        fields |= {"mu": None, "nu": None}
     return MicroAdamState(count=count, ages=ages, key=key, **fields)
 
 
@@ -113,7 +120,7 @@ def unpack(state: MicroAdamState, tree: Any) -> list[LeafState | Moments]:
 
     compressed, dense = columns(LeafState._fields), columns(Moments._fields)
     return [
-        LeafState(*blocks) if is_masked(moments[0]) else Moments(*moments)
+        Moments(*moments) if hasattr(moments[0], "shape") else LeafState(*blocks)
         for blocks, moments in zip(compressed, dense, strict=True)
     ]
 
