@@ -396,7 +396,8 @@ rows = Rows(
     None,
 )
 new = cpu.update(rows, Scalars(jnp.ones(4), None, None), Launch(8, 1, 8, 4, 2))
-print(new.gradient[0].tolist(), [f.cache_hits for f in cpu_call.kept])
+functions = [f for pair in cpu_call.kept.values() for f in pair]
+print(new.gradient[0].tolist(), [f.cache_hits for f in functions])
 """
 
 

@@ -174,7 +174,7 @@ def test_errors():
     given, updates, state = run(microadam(1.0, **SETTINGS), 1)
     with pytest.raises(ValueError, match="needs `gradients` or `updates`"):
         diagnostics(state)
-    with pytest.raises(ValueError, match="no MicroAdamState with leaves"):
+    with pytest.raises(ValueError, match="no MicroAdamState in `state`"):
         diagnostics(optax.adam(1.0).init(given), given)
     with pytest.raises(ValueError, match=r"Nothing is given for \['b'\]"):
         diagnostics(state, {"w": given["w"], "odd": given["odd"]})
