@@ -1,11 +1,12 @@
 """Seconds until a jitted update has run once: MicroAdam against optax.adamw.
 
-python benchmarks/compile_time.py
+python benchmarks/compile_time.py [--xla]
 
 Tracing, compiling and the first step. What the CPU kernel needs once on a machine is
-compiled before.
+compiled before. With `--xla` as without numba.
 """
 
+import argparse
 import statistics
 import time
 
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 import optax
 from tqdm import tqdm
 
-from common import report, transformations
+from common import SETTINGS, report
+from microadam_optax import scale_by_microadam
 
 CASES = {
     "1 leaf": [(1024, 1024)],
@@ -37,7 +39,14 @@ def seconds(tx: optax.GradientTransformation, shapes: list, repeats: int) -> flo
 
 
 def main() -> None:
-    txs = {"optax.adamw": optax.adamw(1e-3), **transformations()}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--xla", action="store_true", help="as without numba")
+    xla = parser.parse_args().xla
+    implementation = "xla" if xla else None
+    txs = {"optax.adamw": optax.adamw(1e-3)} | {
+        name: scale_by_microadam(**settings, implementation=implementation)
+        for name, settings in SETTINGS.items()
+    }
     for tx in txs.values():
         seconds(tx, [(64, 64)], repeats=1)
     rows: dict = {}
@@ -48,7 +57,7 @@ def main() -> None:
         base = row["optax.adamw"]
         ratios = [f"{n} {t:.2f} s ({t / base:.1f} times)" for n, t in row.items()]
         print(f"{case}: " + ", ".join(ratios))
-    report("compile_time", {"seconds": rows})
+    report("compile_time_xla" if xla else "compile_time", {"seconds": rows})
 
 
 if __name__ == "__main__":

@@ -1,20 +1,25 @@
 """Time of a donated, jitted optimizer step: MicroAdam against optax.adamw.
 
-    python benchmarks/step_time.py [--steps N] [--largest MILLIONS] [--cores N]
+    python benchmarks/step_time.py [--steps N] [--largest MILLIONS] [--cores N] [--xla]
 
-Both are run in turn on the same gradients, and the median of the ratios of
-neighbouring runs is printed, for the update alone and with apply_updates.
-Parameters, gradients and state are donated. On all cores, and a part on one.
+"With apply": several whole steps in one program, as training runs them. Each makes its
+gradients, which are temporaries, updates and applies; the time of a program that only
+makes gradients is subtracted. "Update alone": one call of the update, over the gradients
+and the state that it is given. All are run in turn, and the median of the ratios of
+neighbouring runs is printed. On all cores, and a part on one. With `--xla` as without
+numba, in blocks of 256 of the smaller sizes.
 """
 
 import argparse
+import functools
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-import warnings
+from collections.abc import Callable
 from typing import Any
 
 SETTINGS = {
@@ -27,36 +32,65 @@ FILLED = {
     34: [(4096, 4096), (4096, 1024), (1024, 4096), (2048, 4096)],
     62: [(4096, 4096), (4096, 11264)],
 }
-PADDED = {4: [(381, 11008)], 34: [(3048, 11008)], 62: [(5632, 11008)]}
+PADDED = {4: [(381, 11008)], 34: [(1524, 11008)] * 2, 62: [(2816, 11008)] * 2}
 BLOCKS: dict[str, tuple[int, dict]] = {  # the argument, and the leaves of each size
     "256": (256, FILLED),
     "64": (64, FILLED),
     "232, padded": (256, PADDED),
 }
+STEPS = 5  # in one program
 ONE_CORE = 34  # millions of parameters, which are also run on one core
 Case = tuple[int, str, str, bool]  # millions, setting, blocks, apply_updates
 
 
-def runner(tx: Any, params: list, apply: bool):
-    """A function that runs one step on copies of gradients and returns seconds."""
+def whole_steps(tx: Any, params: list, gradients: list) -> Callable[[], float]:
+    """A function that returns the seconds of a step; without tx of making gradients."""
     import jax
     import optax
 
-    def step(params, gradients, state):
-        updates, state = tx.update(gradients, state, params)
-        if apply:
-            return optax.apply_updates(params, updates), state
-        return params, state, updates
+    def step(_, carry):
+        scale, params, state = carry
+        # The barrier keeps XLA from making gradients within the update.
+        made = jax.tree.map(lambda x: x * scale, gradients)
+        made = jax.lax.optimization_barrier(made)
+        if tx is None:
+            return 1 + 1e-9 * made[0][0, 0], params, state
+        updates, state = tx.update(made, state, params)
+        params = optax.apply_updates(params, updates)
+        return 1 + 1e-9 * params[0][0, 0], params, state
 
-    # The update takes the gradient's memory, as inside a whole training step.
-    compiled = jax.jit(step, donate_argnums=(0, 1, 2))
-    held = [jax.tree.map(lambda x: x + 0, params), jax.jit(tx.init)(params)]
+    @functools.partial(jax.jit, donate_argnums=0)
+    def steps(carry):
+        return jax.lax.fori_loop(0, STEPS, step, carry)
 
-    def run(gradients) -> float:
-        copies = jax.block_until_ready(jax.tree.map(lambda x: x + 0, gradients))
+    params = jax.tree.map(jax.numpy.copy, params)
+    carry = jax.numpy.float32(1), params, jax.jit(tx.init)(params) if tx else ()
+
+    def run() -> float:
+        nonlocal carry
         began = time.perf_counter()
-        held[0], held[1], *updates = compiled(held[0], copies, held[1])
-        jax.block_until_ready((held, updates))
+        carry = jax.block_until_ready(steps(carry))
+        return (time.perf_counter() - began) / STEPS
+
+    return run
+
+
+def update_alone(tx: Any, params: list, gradients: list) -> Callable[[], float]:
+    """A function that returns the seconds of one update."""
+    import jax
+
+    # JAX pairs what is donated with outputs in their order.
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def update(gradients, state):
+        return tx.update(gradients, state, params)
+
+    state = jax.jit(tx.init)(params)
+
+    def run() -> float:
+        nonlocal state
+        copies = jax.block_until_ready(jax.tree.map(jax.numpy.copy, gradients))
+        began = time.perf_counter()
+        _, state = jax.block_until_ready(update(copies, state))
         return time.perf_counter() - began
 
     return run
@@ -68,19 +102,20 @@ def compare(shapes: list, settings: dict, apply: bool, steps: int) -> dict[str, 
 
     from microadam_optax import microadam
 
-    # With apply_updates no output has the place of a gradient that adamw does not need.
-    warnings.filterwarnings("ignore", "Some donated buffers")
     keys = jax.random.split(jax.random.key(0), len(shapes))
     gradients = [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
-    adamw = runner(optax.adamw(1e-3), gradients, apply)
-    ours = runner(microadam(1e-3, weight_decay=1e-4, **settings), gradients, apply)
-    pairs = [(adamw(gradients), ours(gradients)) for _ in range(steps + 2)][2:]
+    txs = [optax.adamw(1e-3), microadam(1e-3, weight_decay=1e-4, **settings)]
+    runner = whole_steps if apply else update_alone
+    runs = [runner(tx, gradients, gradients) for tx in txs]
+    making = whole_steps(None, [], gradients) if apply else lambda: 0.0
     parameters = sum(g.size for g in gradients)
+    rows = [[f() / parameters * 1e9 for f in (making, *runs)] for _ in range(steps + 2)]
+    rows = [(adamw - made, ours - made) for made, adamw, ours in rows[2:]]
     return {
         "parameters": parameters,
-        "ratio": statistics.median(b / a for a, b in pairs),
-        "adamw_ns_a_parameter": statistics.median(a for a, _ in pairs) / parameters * 1e9,
-        "ns_a_parameter": statistics.median(b for _, b in pairs) / parameters * 1e9,
+        "ratio": statistics.median(ours / adamw for adamw, ours in rows),
+        "adamw_ns_a_parameter": statistics.median(adamw for adamw, _ in rows),
+        "ns_a_parameter": statistics.median(ours for _, ours in rows),
     }
 
 
@@ -99,22 +134,23 @@ def copy_time(parameters: int, steps: int = 9) -> float:
     return statistics.median(times) / parameters * 1e9
 
 
-def cases(sizes: list[int]) -> list[Case]:
-    return [
-        (millions, name, blocks, apply)
-        for millions in sizes
-        for name in SETTINGS
-        for blocks in BLOCKS
-        for apply in (True, False)
-    ]
+def cases(sizes: list[int], blocks: list[str]) -> list[Case]:
+    return list(itertools.product(sizes, SETTINGS, blocks, (True, False)))
 
 
-def measure(case: Case, cores: int, steps: int) -> dict[str, Any]:
+def measure(case: Case, cores: int, args: argparse.Namespace) -> dict[str, Any]:
     millions, name, blocks, apply = case
     block_size, shapes = BLOCKS[blocks]
     settings = SETTINGS[name] | {"block_size": block_size}
-    row = compare(shapes[millions], settings, apply, steps)
-    more = {"setting": name, "blocks": blocks, "apply_updates": apply, "cores": cores}
+    settings |= {"implementation": "xla" if args.xla else None}
+    row = compare(shapes[millions], settings, apply, args.steps)
+    more = {
+        "millions": millions,
+        "setting": name,
+        "blocks": blocks,
+        "apply_updates": apply,
+        "cores": cores,
+    }
     return {**more, **row}
 
 
@@ -139,12 +175,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--largest", type=int, default=62, help="millions of parameters")
     parser.add_argument("--cores", type=int, help="print rows of this many cores as JSON")
+    parser.add_argument("--xla", action="store_true", help="as without numba")
     args = parser.parse_args()
     here = len(os.sched_getaffinity(0))
     if args.cores:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
-        some = cases([ONE_CORE])
-        print(json.dumps([measure(case, args.cores, args.steps) for case in some]))
+        some = cases([ONE_CORE], list(BLOCKS))
+        print(json.dumps([measure(case, args.cores, args) for case in some]))
         return
     from tqdm import tqdm
 
@@ -152,15 +189,19 @@ def main() -> None:
 
     rows = []
     print("parameters  setting    blocks                step   adamw ns, ours, ratio")
-    for case in tqdm(cases([size for size in FILLED if size <= args.largest])):
-        rows.append(measure(case, here, args.steps))
+    largest = min(args.largest, ONE_CORE) if args.xla else args.largest
+    sizes = [size for size in FILLED if size <= largest]
+    for case in tqdm(cases(sizes, ["256"] if args.xla else list(BLOCKS))):
+        rows.append(measure(case, here, args))
         tqdm.write(show(rows[-1]))
-    if args.largest >= ONE_CORE and here > 1:
-        rows += on_one_core(args.steps)
-        print("\n".join(map(show, rows[-len(cases([ONE_CORE])) :])))
-    copy = copy_time(args.largest * 2**20)
+    if largest >= ONE_CORE and here > 1 and not args.xla:
+        one = on_one_core(args.steps)
+        print("\n".join(map(show, one)))
+        rows += one
+    copy = copy_time(largest * 2**20)
     print(f"copy of a float32 array: {copy:.2f} ns an element")
-    report("step_time", {"copy_ns_an_element": copy, "rows": rows})
+    name = "step_time_xla" if args.xla else "step_time"
+    report(name, {"copy_ns_an_element": copy, "rows": rows})
 
 
 if __name__ == "__main__":

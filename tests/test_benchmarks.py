@@ -1,6 +1,7 @@
 """The benchmarks run, and their account of bytes is right; nothing is timed here."""
 
 import jax
+import numpy as np
 import pytest
 
 import common
@@ -32,7 +33,7 @@ def test_formula_is_the_state_where_blocks_are_filled():
 def test_step_time_runs(apply):
     row = step_time.compare([(64, 64)], common.SETTINGS["(2, 6 %)"], apply, steps=1)
     assert row["parameters"] == 64 * 64
-    assert row["ratio"] > 0
+    assert np.isfinite(row["ratio"])  # on so few elements nothing else is certain
 
 
 def test_the_plan_of_a_70b_model():

@@ -44,6 +44,7 @@ PAPER = "MicroAdam (10, 1 %), all compressed"
 OURS = {
     PAPER: micro(10, 0.01, 2e-3, dense=None),
     "MicroAdam (2, 6 %)": micro(2, 0.06, 4e-3),
+    "MicroAdam (1, 25 %)": micro(1, 0.25, 8e-3),
     "MicroAdam (1, 4 %)": micro(1, 0.04, 8e-3),
 }
 MAIN = {**PEERS, **OURS}
