@@ -29,6 +29,10 @@ class Layout(NamedTuple):
         """Elements of the leaf in one cell, padding not counted."""
         return math.prod(n // g for n, g in zip(self.shape, self.grid, strict=True))
 
+    def share(self, k: int) -> float:
+        """Of the elements, how many are selected, with `k` in a block."""
+        return min(1.0, k * self.blocks / self.cell) if self.cell else 1.0
+
     @property
     def padded(self) -> bool:
         """Whether the blocks of a cell hold more than the cell."""

@@ -26,6 +26,7 @@ def check_arguments(
     alpha: float,
     stochastic_rounding: bool,
     seed: int,
+    match_adam: bool,
     implementation: str | None,
 ) -> None:
     """Raises TypeError or ValueError naming the first bad argument."""
@@ -43,9 +44,11 @@ def check_arguments(
     _require(shards >= 1, "shards", positive, shards)
     _number("alpha", alpha, "a number in [0, 1)")
     _require(0 <= alpha < 1, "alpha", "a number in [0, 1)", alpha)
-    _not_array("stochastic_rounding", stochastic_rounding)
-    if not isinstance(stochastic_rounding, bool | np.bool_):
-        raise TypeError(_sentence("stochastic_rounding", "a bool", stochastic_rounding))
+    bools = {"stochastic_rounding": stochastic_rounding, "match_adam": match_adam}
+    for argument, value in bools.items():
+        _not_array(argument, value)
+        if not isinstance(value, bool | np.bool_):
+            raise TypeError(_sentence(argument, "a bool", value))
     _integer("seed", seed, "an integer")
     known = (None, *_dispatch.NAMES)
     names = '"xla", "pallas", "numba" or None'

@@ -34,6 +34,8 @@ class Step(NamedTuple):
     eps: jax.Array
     eps_root: jax.Array
     key: jax.Array | None  # a PRNG key for stochastic rounding
+    debias_mu: Any = None  # float32, what the sums of a leaf are multiplied by
+    debias_nu: Any = None
 
 
 class Leaf(NamedTuple):
@@ -87,9 +89,8 @@ def update_blocks(leaf: Leaf, step: Step, settings: Settings) -> Leaf:
         )
         indices = indices.astype(leaf.indices.dtype)
         values = values.astype(leaf.values.dtype)
-    debias_mu, debias_nu = (_moments.debias(x, step.count) for x in (step.b1, step.b2))
-    mu *= debias_mu
-    nu = (nu + _moments.before(step.eps_root, debias_nu)) * debias_nu
+    mu *= step.debias_mu
+    nu = (nu + _moments.before(step.eps_root, step.debias_nu)) * step.debias_nu
     update = _moments.ratio(mu, nu, step.eps)
     if alpha:
         error = _quantize.dequantize(codes, ranges, bits)
@@ -109,6 +110,7 @@ def update_leaf(
     Jitted by itself, so that leaves of equal shapes are traced once. `after` is what
     the update of another leaf returned beside it, see `_chunks.in_chunks`.
     """
+    step = debiased(step, at, settings)
     update = functools.partial(_dispatch.update, by_xla, at, settings)
     manual = _specs.varying((leaf, step))
     leaf, step = _specs.vary((leaf, step), manual)
@@ -195,6 +197,17 @@ def derived_as(g: Callable, f: Callable) -> Callable:
     f = jax.custom_jvp(f)
     f.defjvp(lambda primals, tangents: jax.jvp(g, primals, tangents))
     return f
+
+
+def debiased(step: Step, at: _blocks.Layout, settings: Settings) -> Step:
+    """The step with what a leaf's sums are multiplied by."""
+    b1, b2, count = step.b1, step.b2, step.count
+    if settings.match_adam:
+        share = at.share(settings.k(at.block))
+        both = _moments.normalizers(b1, b2, count, settings.window, share)
+    else:
+        both = _moments.debias(b1, count), _moments.debias(b2, count)
+    return step._replace(debias_mu=both[0], debias_nu=both[1])
 
 
 def for_leaf(step: Step, number: int) -> Step:

@@ -17,7 +17,12 @@ from microadam_optax import _blocks, _checks, _dense, _fit, _leaf, _specs, _wind
 from microadam_optax import _state as _states
 from microadam_optax._state import MicroAdamState
 
-PAPER: dict[str, Any] = {"window": 10, "density": 0.01, "dense": None}
+PAPER: dict[str, Any] = {
+    "window": 10,
+    "density": 0.01,
+    "dense": None,
+    "match_adam": False,
+}
 TRACED = {"weight_decay"}  # of the arguments that are given by name
 _SMALL = _dense.smaller_than(4096)
 
@@ -35,6 +40,7 @@ def scale_by_microadam(
     shards: int = 8,
     grid: Any = None,
     dense: Any | Callable[[Any, Any], bool] | None = _SMALL,
+    match_adam: bool = False,
     alpha: float = 0.0,
     stochastic_rounding: bool = False,
     seed: int = 0,
@@ -65,6 +71,11 @@ def scale_by_microadam(
         path and the leaf, as for `jax.tree_util.tree_map_with_path`, that looks at
         nothing but path and shape (`smaller_than`, the default, or `matching`); a tree
         of bools like the parameters, or a prefix of it; or None for no leaves.
+      match_adam: Whether parameters move about as fast as with Adam at the same rate.
+        The moments are then divided by the weights of the steps that the window holds,
+        where False divides by Adam's as the paper does, and the root of the second, to
+        which `eps` is added, by a number that the window and the density determine: a
+        coordinate has its turn once in ``1 / density`` steps. The state is the same.
       alpha: Share of the error, in [0, 1), that goes into the update at once
         instead of being carried on: for training from scratch. 0 is the paper's
         method.
@@ -111,11 +122,12 @@ def scale_by_microadam(
         alpha=alpha,
         stochastic_rounding=stochastic_rounding,
         seed=seed,
+        match_adam=match_adam,
         implementation=implementation,
     )
     _checks.check_decays(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
     settings = _states.Settings(
-        window, density, block_size, error_bits, alpha, implementation
+        window, density, block_size, error_bits, alpha, implementation, match_adam
     )
 
     _dense.check_function(dense)
@@ -232,6 +244,7 @@ def microadam(
     shards: int = 8,
     grid: Any = None,
     dense: Any | Callable[[Any, Any], bool] | None = _SMALL,
+    match_adam: bool = False,
     alpha: float = 0.0,
     stochastic_rounding: bool = False,
     seed: int = 0,
@@ -264,6 +277,7 @@ def microadam(
       shards: See `scale_by_microadam`.
       grid: See `scale_by_microadam`.
       dense: See `scale_by_microadam`.
+      match_adam: See `scale_by_microadam`.
       alpha: See `scale_by_microadam`.
       stochastic_rounding: See `scale_by_microadam`.
       seed: See `scale_by_microadam`.
@@ -314,6 +328,7 @@ def microadam(
             shards=shards,
             grid=grid,
             dense=dense,
+            match_adam=match_adam,
             alpha=alpha,
             stochastic_rounding=stochastic_rounding,
             seed=seed,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 FEW = 4  # entries up to which comparing with every lane costs less than scattering
+EXPONENT = 0.75  # of the share of selected entries, in the factor that matches Adam
 LARGEST = 2.0**60  # of a gradient: float32 holds the sum of 255 of its squares
 
 
@@ -79,6 +80,34 @@ def _reduced_jvp(mantissa, primals, tangents):
 def debias(decay: jax.Array, count: jax.Array) -> jax.Array:
     """``(1 - decay) / (1 - decay**count)`` without cancellation, float32."""
     return (1 - decay) / _one_minus_power(decay, count)
+
+
+def normalizers(
+    b1: jax.Array, b2: jax.Array, count: jax.Array, window: int, share: float
+) -> tuple[jax.Array, jax.Array]:
+    """What the sums mu and nu are multiplied by at Adam's own learning rate.
+
+    Both are divided by the weights of the steps that the window holds. nu is divided by
+    the square of the factor besides by which an update is to be longer because a
+    coordinate is selected once in 1 / share steps; so `eps` stands beside Adam's root.
+    """
+    steps = jnp.minimum(count, window)
+    slower = _speed(b1, b2, window, share) ** 2
+    return debias(b1, steps), debias(b2, steps) * slower
+
+
+def _speed(b1: jax.Array, b2: jax.Array, window: int, share: float) -> jax.Array:
+    """How fast a coordinate moves in steps of Adam's, without the factor.
+
+    A coordinate that is selected once moves by a learning rate times the sum, at small
+    shares; see docs/algorithm.md.
+    """
+    mu, nu = (debias(b, jnp.int32(window)) for b in (b1, b2))
+    speed = jnp.float32(0)
+    for _ in range(window):  # from the newest on, in every program
+        speed += mu / jnp.sqrt(share + rounded((1 - share) * nu))
+        mu, nu = mu * b1, nu * b2
+    return share**EXPONENT * speed
 
 
 def _one_minus_power(decay: jax.Array, count: jax.Array) -> jax.Array:

@@ -61,6 +61,7 @@ class Settings(NamedTuple):
     bits: int  # of an error code
     alpha: float
     implementation: str | None = None
+    match_adam: bool = False
 
     def k(self, block: int) -> int:
         """Entries selected in a block."""

@@ -72,6 +72,7 @@ def draw_form(rng: np.random.Generator) -> Form:
         "alpha": float(rng.choice([0, 0, 0, 0.1, 0.5])),
         "stochastic_rounding": bool(rng.random() < 0.2),
         "seed": int(rng.integers(0, 2**31)),
+        "match_adam": bool(rng.random() < 0.5),
     }
     dtype = DTYPES[rng.integers(len(DTYPES))]
     return Form(shape, dtype, arguments, str(rng.choice(WAYS, p=WAY_SHARES)))
@@ -113,7 +114,7 @@ def draw_decays(rng: np.random.Generator) -> tuple[float, float, float]:
 
 
 def options_of(form: Form, decays: tuple[float, float, float]) -> oracle.Options:
-    same = "window", "density", "block_size", "shards", "alpha"
+    same = "window", "density", "block_size", "shards", "alpha", "match_adam"
     known = {name: form.arguments[name] for name in same}
     return oracle.Options(*decays, **known, bits=form.arguments["error_bits"])
 

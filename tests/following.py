@@ -63,6 +63,7 @@ def follow(update, state, stream, options, seed=None):
         if mine is None:
             elements, b = oracle.blocks_of(gradient.shape, options)
             mine = [oracle.new_block(b) for _ in elements]
+            share = oracle.share_selected(elements, b, options)
         flat = np.asarray(gradient, np.float64).ravel()
         updates, state = update(gradient, state)
         assert updates.dtype == gradient.dtype
@@ -74,7 +75,7 @@ def follow(update, state, stream, options, seed=None):
             if seed is not None:
                 noise = tuple(draws(seed, count, row, b))
             want, tolerance, mine[row] = oracle.step(
-                flat[where], mine[row], count, options, noise
+                flat[where], mine[row], count, options, share, noise
             )
             oracle.agree(mine[row], other_block(row, parts, options.window - 1))
             want = np.clip(want, -float(limits.max), float(limits.max))

@@ -31,6 +31,7 @@ class Options:
     bits: int = 4
     shards: int = 8
     alpha: float = 0.0
+    match_adam: bool = False
 
 
 @dataclasses.dataclass
@@ -74,6 +75,16 @@ def blocks_of(shape: tuple, options: Options) -> list:
     return [cell[i * b : (i + 1) * b] for cell in cells for i in range(number)], b
 
 
+def number_selected(b: int, options: Options) -> int:
+    return max(1, math.ceil(round(options.density * b, 6)))
+
+
+def share_selected(blocks: list, b: int, options: Options) -> float:
+    """Of all elements of a leaf, given the `blocks_of` it."""
+    size = sum(map(len, blocks))
+    return min(1.0, len(blocks) * number_selected(b, options) / size) if size else 1.0
+
+
 def new_block(b: int) -> Block:
     return Block([0] * b, 0.0, 0, [])
 
@@ -112,14 +123,15 @@ def encode(rest, bits, noise):
     return points, step, -math.floor(low / step + half)
 
 
-def step(gradient, block: Block, count: int, options: Options, noise=(None, None)):
+def step(gradient, block: Block, count: int, options: Options, share, noise):
     """One step of a block: update, its tolerance and the new state.
 
-    `gradient` may be shorter than the block; the rest is padding.
+    `gradient` may be shorter than the block; the rest is padding. `share` is that of the
+    leaf's selected elements, `noise` that of both encodings or None.
     """
     f = np.float32
     b, t = len(block.points), count + 1
-    k = max(1, math.ceil(round(options.density * b, 6)))
+    k = number_selected(b, options)
     real = len(gradient)
     accumulated = [0.0] * b
     for i, error in enumerate(decode(block)[:real]):
@@ -131,7 +143,7 @@ def step(gradient, block: Block, count: int, options: Options, noise=(None, None
     rest = [0.0 if i in newest else x for i, x in enumerate(accumulated)]
     window = [newest, *block.window]
     new = Block(*encode(rest, options.bits, noise[0]), window[: options.window - 1])
-    update, tolerance = moments_to_update(window, t, b, options)
+    update, tolerance = moments_to_update(window, t, b, options, share)
 
     if options.alpha:
         kept = decode(new)
@@ -144,9 +156,21 @@ def step(gradient, block: Block, count: int, options: Options, noise=(None, None
     return update[:real], tolerance[:real], new
 
 
-def moments_to_update(window, t, b, options):
+def slowness(b1, b2, options, share):
+    """How much longer an update has to be than Adam's to move as fast."""
+    if not options.match_adam:
+        return 1.0
+    ages = np.arange(options.window)
+    w1, w2 = (b**ages / np.sum(b**ages) for b in (b1, b2))
+    speed = np.sum(w1 / np.sqrt(share + (1 - share) * w2))
+    return 1 / (share**0.75 * speed)
+
+
+def moments_to_update(window, t, b, options, share):
     b1, b2 = float(np.float32(options.b1)), float(np.float32(options.b2))
-    c1, c2 = (1 - b1) / (1 - b1**t), (1 - b2) / (1 - b2**t)
+    steps = min(t, options.window) if options.match_adam else t
+    c1, c2 = (1 - b1) / (1 - b1**steps), (1 - b2) / (1 - b2**steps)
+    c2 /= slowness(b1, b2, options, share) ** 2
     update, tolerance = [], []
     for i in range(b):
         mu = nu = size = 0.0
@@ -160,6 +184,8 @@ def moments_to_update(window, t, b, options):
         update.append(mu / denominator)
         # A rounding for each term summed, and for each factor, power and root.
         roundings = 2 * len(window) + 12
+        if options.match_adam:  # and for what is summed over the window's ages
+            roundings += 2 * options.window + 12
         tolerance.append(roundings * HALF_ULP * (size / denominator + abs(update[-1])))
     return update, tolerance
 

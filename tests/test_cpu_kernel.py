@@ -17,7 +17,7 @@ from hypothesis import given, settings
 
 from kernel_cases import BF16, CASES, F16, F32, gradients
 from meshes import make_mesh
-from microadam_optax import _blocks, _leaf, _moments, _state, _window
+from microadam_optax import _blocks, _leaf, _state, _window
 from microadam_optax._kernels import _ffi, cpu
 from microadam_optax._kernels._rows import Launch, Rows, Scalars
 
@@ -78,7 +78,7 @@ class Case(NamedTuple):
         numbers = {"b1": 0.9, "b2": 0.999, "eps": eps, "eps_root": eps_root}
         fields = {name: jnp.float32(x) for name, x in numbers.items()}
         fields |= {"count": jnp.int32(count), "ages": ages, "key": None}
-        return _leaf.Step(*(fields[name] for name in _leaf.Step._fields))
+        return _leaf.debiased(_leaf.Step(**fields), self.at, self.settings)
 
     @functools.partial(jax.jit, static_argnums=0)
     def kernel(self, cells, state, step):
@@ -122,8 +122,7 @@ def make(shape, dtype, arguments, whole_rows=True):
 
 
 def scalars(step, k):
-    debias = [_moments.debias(decay, step.count) for decay in (step.b1, step.b2)]
-    factors = jnp.stack([*debias, step.eps, jnp.float32(0)])
+    factors = jnp.stack([step.debias_mu, step.debias_nu, step.eps, jnp.float32(0)])
     if step.ages is None:
         return Scalars(factors, None, None)
     ages = step.ages.astype(jnp.float32)

@@ -86,9 +86,8 @@ def update(
 
 
 def _scalars(step: Any, k: int | None) -> Scalars:
-    debias_mu, debias_nu = (_moments.debias(x, step.count) for x in (step.b1, step.b2))
-    root = _moments.before(step.eps_root, debias_nu)
-    factors = jnp.stack([debias_mu, debias_nu, step.eps, root])
+    root = _moments.before(step.eps_root, step.debias_nu)
+    factors = jnp.stack([step.debias_mu, step.debias_nu, step.eps, root])
     if k is None:
         return Scalars(factors, None, None)
     ages = step.ages.astype(jnp.float32)

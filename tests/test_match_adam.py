@@ -1,0 +1,134 @@
+"""A user who keeps Adam's learning rate moves as fast as with Adam."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import compressed
+import microadam_optax
+from microadam_optax import PAPER, smaller_than
+
+# Blocks of 256, which the default grid would cut.
+scale_by_microadam = functools.partial(compressed.scale_by_microadam, shards=1)
+SETTINGS = [(1, 0.04), (1, 0.25), (2, 0.06), (10, 0.01)]
+
+
+def run(tx, gradients):
+    """Updates of all steps, and the last state."""
+    state, found = tx.init(gradients[0]), []
+    update = jax.jit(tx.update)
+    for gradient in gradients:
+        updates, state = update(gradient, state)
+        found.append(updates)
+    return found, state
+
+
+def noise(steps, shape=(8, 256)):
+    return [jax.random.normal(jax.random.key(step), shape) for step in range(steps)]
+
+
+def selected(updates):
+    moved = np.abs(np.asarray(updates, np.float64))
+    return moved[moved > 0]
+
+
+@pytest.mark.parametrize("density", [0.04, 0.25, 1.0])
+def test_window_1_moves_by_one_number_from_the_first_step_on(density):
+    tx = scale_by_microadam(window=1, density=density, eps=1e-30, match_adam=True)
+    k = max(1, np.ceil(round(256 * density, 6)))
+    for updates in run(tx, noise(20))[0]:
+        expected = (k / 256) ** -0.75
+        np.testing.assert_allclose(selected(updates), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("window", "density"), SETTINGS)
+def test_it_moves_in_all_as_the_formula_says(window, density):
+    """One large gradient, then zeros."""
+    tx = scale_by_microadam(window=window, density=density, eps=1e-30, match_adam=True)
+    steps = 3 * window
+    gradients = [g.at[0, 7].set(0.0) for g in noise(steps, (1, 256))]
+    gradients += [jnp.zeros((1, 256)).at[0, 7].set(1e6)]
+    gradients += [jnp.zeros((1, 256))] * window
+    moves = [float(u[0, 7]) for u in run(tx, gradients)[0][steps:]]
+    ages, share = np.arange(window), np.ceil(round(256 * density, 6)) / 256
+    w1, w2 = (b**ages / np.sum(b**ages) for b in (0.9, 0.999))
+    factor = 1 / (share**0.75 * np.sum(w1 / np.sqrt(share + (1 - share) * w2)))
+    np.testing.assert_allclose(moves[:window], factor * w1 / np.sqrt(w2), rtol=1e-4)
+    assert moves[window] == 0
+
+
+@pytest.mark.parametrize(("window", "density"), SETTINGS)
+@pytest.mark.parametrize("size", [1e-10, 1.0])
+def test_eps_means_what_it_means_in_adam(window, density, size):
+    """The same gradient at every step, small beside eps or large."""
+    sizes = size * np.random.default_rng(0).uniform(0.5, 2, size=(4, 256))
+    steps = 10 * round(1 / density)
+    gradients = [jnp.asarray(sizes, jnp.float32)] * steps
+    tx = scale_by_microadam(window=window, density=density, match_adam=True)
+    ways = [
+        np.mean([np.mean(u) for u in run(t, gradients)[0]])
+        for t in (tx, optax.scale_by_adam())
+    ]
+    assert 0.25 < ways[0] / ways[1] < 2
+
+
+@pytest.mark.parametrize(("window", "density"), SETTINGS)
+def test_the_state_is_that_of_the_literal_method(window, density):
+    """So a run may change from one to the other."""
+    states = [
+        run(scale_by_microadam(window=window, density=density, match_adam=x), noise(5))[1]
+        for x in (True, False)
+    ]
+    chex.assert_trees_all_equal(*states)
+
+
+def test_the_share_is_of_real_elements():
+    """A leaf of one element in a block of 8 is selected at every step."""
+    tx = scale_by_microadam(window=2, density=0.06, match_adam=True)
+    gradients = [jax.random.normal(jax.random.key(i), ()) for i in range(2)]
+    gradients = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in gradients]
+    ours, adam = run(tx, gradients)[0], run(optax.scale_by_adam(), gradients)[0]
+    np.testing.assert_allclose(ours, adam, rtol=1e-4)
+
+
+def test_dense_leaves_are_adams():
+    make = microadam_optax.scale_by_microadam
+    tx = make(dense=smaller_than(4096), match_adam=True)
+    gradients = noise(3, (4, 100))
+    ours, adam = run(tx, gradients)[0], run(optax.scale_by_adam(), gradients)[0]
+    chex.assert_trees_all_equal(ours, adam)
+
+
+def test_the_papers_setting_is_literal():
+    assert PAPER["match_adam"] is False
+
+
+@pytest.mark.parametrize("wrong", [1, "yes", None, jnp.bool_(True)])
+def test_other_than_a_bool_is_refused(wrong):
+    with pytest.raises(TypeError, match="`match_adam` must be a"):
+        scale_by_microadam(match_adam=wrong)
+
+
+def test_derivatives_with_respect_to_decays():
+    gradient = noise(1)[0]
+
+    def moved(b1, b2):
+        tx = scale_by_microadam(b1, b2, window=3, match_adam=True)
+        state, total = tx.init(gradient), 0.0
+        for _ in range(3):
+            updates, state = tx.update(gradient, state)
+            total += jnp.sum(updates**2)
+        return total
+
+    for b1, b2 in [(0.9, 0.99), (0.0, 0.0)]:
+        slopes = jax.grad(moved, (0, 1))(jnp.float32(b1), jnp.float32(b2))
+        assert all(map(np.isfinite, map(float, slopes)))
+    found = jax.grad(moved)(jnp.float32(0.9), jnp.float32(0.99))
+    h = 1e-2
+    numeric = (moved(0.9 + h, 0.99) - moved(0.9 - h, 0.99)) / (2 * h)
+    np.testing.assert_allclose(found, numeric, rtol=0.05)
