@@ -43,10 +43,10 @@ def by_arithmetic(
     density: float = 0.06,
     bits: int = 4,
     block: int = 256,
-    dense: Any = None,
+    **others: Any,
 ) -> float:
     """Bytes a parameter of a leaf that its blocks fill."""
-    del dense  # of others
+    del others  # they do not count here
     k = math.ceil(density * block)
     return bits / 8 + (window - 1) * k * 3 / block + 4 / block
 

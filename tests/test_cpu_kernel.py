@@ -32,6 +32,7 @@ MORE = {
         BF16,
         {"block_size": 64, "window": 10, "density": 0.04},
     ),
+    "matched": ((9, 250), BF16, {"window": 4, "density": 0.05, "match_adam": True}),
     "by counting": ((9, 256), F32, {"window": 1, "density": 0.25}),
     "half of a row": ((5, 256), F16, {"window": 3, "density": 0.5}),
     "all of a row": ((5, 64), F32, {"window": 2, "density": 1.0}),
@@ -116,7 +117,8 @@ def make(shape, dtype, arguments, whole_rows=True):
     given = {"window": 2, "density": 0.06, "block_size": 256, "error_bits": 4}
     given |= {"alpha": 0.0} | dict(arguments)
     names = ("window", "density", "block_size", "error_bits", "alpha")
-    some = _state.Settings(*(given[name] for name in names))
+    matched = given.get("match_adam", False)
+    some = _state.Settings(*(given[name] for name in names), match_adam=matched)
     grid = (shape[0], 1) if whole_rows else None
     return Case(_blocks.layout(shape, some.block_size, grid=grid), dtype, some)
 

@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import compressed
 import microadam_optax
+from meshes import make_mesh
 from microadam_optax import PAPER, smaller_than
 
 # Blocks of 256, which the default grid would cut.
@@ -94,6 +97,28 @@ def test_the_share_is_of_real_elements():
     gradients = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in gradients]
     ours, adam = run(tx, gradients)[0], run(optax.scale_by_adam(), gradients)[0]
     np.testing.assert_allclose(ours, adam, rtol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["jit", "vmap", "explicit mesh"])
+def test_updates_have_the_same_bits(way):
+    tx = compressed.scale_by_microadam(window=4, density=0.05, match_adam=True)
+    gradients = noise(5, (16, 256))
+    state, mine = (tx.init(gradients[0]) for _ in range(2))
+    update = jax.jit(tx.update)
+    if way == "vmap":
+        mine = jax.tree.map(lambda x: x[None], mine)
+        update = jax.jit(jax.vmap(tx.update))
+    mesh = make_mesh("fsdp 4, tp 2", jax.sharding.AxisType.Explicit)
+    for gradient in gradients:
+        updates, state = tx.update(gradient, state)
+        if way == "explicit mesh":
+            with jax.set_mesh(mesh):
+                own = jax.device_put(gradient, NamedSharding(mesh, P("fsdp", "tp")))
+                mine = tx.init(own) if mine.count == 0 else mine
+                found, mine = update(own, mine)
+        else:
+            found, mine = update(gradient[None] if way == "vmap" else gradient, mine)
+        np.testing.assert_array_equal(jnp.reshape(found, gradient.shape), updates)
 
 
 def test_dense_leaves_are_adams():

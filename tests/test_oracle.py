@@ -42,6 +42,14 @@ CASES = {
     },
     "eps_root": {"b2": 0.9, "eps_root": 0.01, "window": 3, "density": 0.1},
     "eps_root, window 1": {"eps": 1e-12, "eps_root": 1e-6, "window": 1, "density": 0.12},
+    "matched": {"window": 3, "density": 0.05, "match_adam": True},
+    "matched, window 1": {"window": 1, "density": 0.12, "match_adam": True},
+    "matched, eps_root": {
+        "window": 2,
+        "density": 0.06,
+        "eps_root": 0.01,
+        "match_adam": True,
+    },
     "decays": {"b1": 0.0, "b2": 0.9, "eps": 1e-3, "window": 3, "density": 0.1},
 }
 
