@@ -179,6 +179,18 @@ def peak_table(results: dict) -> str:
     )
 
 
+def short_peak_table(results: dict) -> str:
+    """The peaks alone, in bytes a parameter, without accumulation."""
+    number, found = results["parameters"], {}
+    for row in results["rows"]:
+        if "MultiSteps" not in row["optimizer"]:
+            peak = f"{row['peak'] / number:.1f}"
+            found.setdefault(row["optimizer"], {})[row["dtype"]] = peak
+    dtypes = ["float32", "bfloat16"]
+    header = ["", *(f"{x} parameters" for x in dtypes)]
+    return table(header, [[n, *map(peaks.get, dtypes)] for n, peaks in found.items()])
+
+
 def resident_table(results: dict) -> str:
     """The most memory that whole processes held."""
     base = results["rows"][0]["resident_bytes"]
@@ -398,6 +410,7 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = fill(readme.read_text(), "state", state_table(memory))
     text = fill(text, "temporary", temporary_table(memory))
+    text = fill(text, "peak", short_peak_table(load("peak_memory")))
     speed = f"{speed_table(step)}\n\n{measured_on(step)}.\n\n"
     speed += f"{compile_table(compilation)}\n\n{measured_on(compilation)}."
     readme.write_text(fill(text, "speed", speed))
