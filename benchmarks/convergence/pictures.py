@@ -21,6 +21,7 @@ COLORS = {
     "GaLore, rank 32": "tab:cyan",
     "MicroAdam (10, 1 %), all compressed": "tab:red",
     "MicroAdam (2, 6 %)": "tab:blue",
+    "MicroAdam (1, 25 %)": "tab:orange",
     "MicroAdam (1, 4 %)": "tab:green",
 }
 
@@ -144,6 +145,37 @@ def mechanism(found: dict[str, Any], file: pathlib.Path) -> None:
     save(figure, file)
 
 
+def matching(found: dict[str, dict[str, Any]], file: pathlib.Path) -> None:
+    """Above Adam's best figure by the rate over Adam's; dashed without `match_adam`."""
+    figure, all_axes = plt.subplots(
+        1,
+        len(found),
+        figsize=(3 + 3.5 * len(found), 4.5),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes, (task, by_title) in zip(all_axes[0], found.items(), strict=True):
+        names = list(dict.fromkeys(title.rpartition(", ")[0] for title in by_title))
+        for title, scores in by_title.items():
+            name, _, way = title.rpartition(", ")
+            matched = way == "matched"
+            axes.plot(
+                list(scores),
+                list(scores.values()),
+                "o-" if matched else "o--",
+                color=f"C{names.index(name)}",
+                alpha=1 if matched else 0.4,
+                label=name if matched else None,
+            )
+        axes.axhline(0, color="black", linewidth=1)
+        axes.set(xscale="log", xlabel="learning rate over Adam's best", title=task)
+        axes.set_xticks([0.5, 1, 2], ["0.5", "1", "2"])
+        axes.minorticks_off()
+    all_axes[0][0].set_ylabel("loss (or error rate) above Adam's")
+    all_axes[0][-1].legend(title="matched (dashed: literal)", fontsize="small")
+    save(figure, file)
+
+
 def state_bytes(held: dict[str, float], file: pathlib.Path) -> None:
     """Bytes of state a parameter by optimizer."""
     figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
@@ -151,6 +183,6 @@ def state_bytes(held: dict[str, float], file: pathlib.Path) -> None:
     bars = axes.barh(list(held), list(held.values()), color=colors)
     axes.bar_label(bars, fmt="{:.3f}", padding=3)
     axes.invert_yaxis()
-    axes.margins(x=0.12)
+    axes.set_xlim(0, 1.13 * max(held.values()))
     axes.set(xlabel="bytes of state a parameter, Llama-2-7B in float32")
     save(figure, file)

@@ -1,0 +1,97 @@
+"""Adam's own learning rate: how far from Adam's loss each setting ends, by rate.
+
+python benchmarks/convergence/matching.py [task ...]
+
+Every setting, with and without `match_adam`, at a half, once and twice the best learning
+rate of Adam, two seeds. Runs are kept one by one, so it goes on where it was; once a task
+is complete, docs/images/matching.png is drawn of all that are.
+"""
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+import methods
+import pictures
+import study
+import tasks
+from runs import ROOT, Runs, mean_score
+
+FACTORS = (0.5, 1.0, 2.0)
+SEEDS = 2
+SETTINGS: dict[str, dict[str, Any]] = {
+    "(1, 4 %)": {"window": 1, "density": 0.04},
+    "(1, 25 %)": {"window": 1, "density": 0.25},
+    "(2, 6 %)": {"window": 2, "density": 0.06},
+    "(2, 12 %)": {"window": 2, "density": 0.12},
+    "(10, 1 %)": {"window": 10, "density": 0.01},
+    "(1, 4 %), blocks of 64": {"window": 1, "density": 0.04, "block_size": 64},
+    "(2, 6 %), blocks of 64": {"window": 2, "density": 0.06, "block_size": 64},
+}
+WAYS = {"literal": False, "matched": True}
+
+
+class Trial(NamedTuple):
+    """What is trained for how long, and the rate that Adam's search begins around."""
+
+    task: Callable[[], tasks.Task]
+    steps: int
+    centre: float
+
+
+TRIALS = {
+    "digits, 1,000 steps": Trial(tasks.digits, 1000, 4e-3),
+    "language, 400 steps": Trial(study.language, 400, 4e-3),
+    "language, 2,000 steps": Trial(study.language, 2000, 4e-3),
+    "MiniLM, 100 steps": Trial(tasks.bert_docstrings, 100, 2.5e-4),
+}
+
+
+def all_methods() -> dict[str, methods.Method]:
+    found = {"Adam": methods.PEERS["Adam"]}
+    for name, settings in SETTINGS.items():
+        for way, match in WAYS.items():
+            found[f"{name}, {way}"] = methods.micro(
+                **settings, centre=0.0, match_adam=match
+            )
+    return found
+
+
+def best_of_adam(work: study.Work, trial: Trial) -> tuple[float, float]:
+    """Adam's best rate, and its score there, the lower the better."""
+    rate = study.search(trial.centre, lambda x: work.rows(x, 1, trial.steps))
+    return rate, mean_score(work.rows(rate, SEEDS, trial.steps))
+
+
+def curves(name: str) -> dict[str, dict[float, float]]:
+    """Of every setting and way, the score minus Adam's by the rate over Adam's."""
+    trial, task = TRIALS[name], functools.cache(TRIALS[name].task)
+    one = study.Study(name, trial.task, all_methods(), trial.steps, evaluations=1)
+    runs, found = Runs(f"matching_{name.split(',')[0].lower()}"), {}
+    rate, least = best_of_adam(study.Work(one, runs, task, "Adam"), trial)
+    for title in list(one.methods)[1:]:
+        work = study.Work(one, runs, task, title)
+        for factor in FACTORS:
+            rows = work.rows(float(f"{factor * rate:.3g}"), SEEDS, trial.steps)
+            found.setdefault(title, {})[factor] = mean_score(rows) - least
+        print(f"{name}, {title}: {found[title]}", flush=True)
+        jax.clear_caches()
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tasks", nargs="*", help=f"parts of names: {list(TRIALS)}")
+    args = parser.parse_args(arguments)
+    wanted = [x for x in TRIALS if not args.tasks or any(y in x for y in args.tasks)]
+    found = {name: curves(name) for name in wanted}
+    pictures.matching(found, ROOT / "docs" / "images" / "matching.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
