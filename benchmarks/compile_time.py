@@ -16,7 +16,7 @@ import optax
 from tqdm import tqdm
 
 from common import SETTINGS, report
-from microadam_optax import scale_by_microadam
+from microadam_optax import microadam
 
 CASES = {
     "1 leaf": [(1024, 1024)],
@@ -45,14 +45,14 @@ def main() -> None:
     implementation = "xla" if xla else None
     settings = dict(list(SETTINGS.items())[: 1 if xla else None])
     txs = {"optax.adamw": optax.adamw(1e-3)} | {
-        name: scale_by_microadam(**given, implementation=implementation)
+        name: microadam(1e-3, weight_decay=1e-4, **given, implementation=implementation)
         for name, given in settings.items()
     }
     for tx in txs.values():
         seconds(tx, [(64, 64)], repeats=1)
     rows: dict = {}
     for case, shapes in tqdm(CASES.items()):
-        repeats = 3 if len(shapes) == 1 else 1
+        repeats = 1 if xla and len(shapes) > 1 else 3
         rows[case] = {name: seconds(tx, shapes, repeats) for name, tx in txs.items()}
     for case, row in rows.items():
         base = row["optax.adamw"]

@@ -30,8 +30,11 @@ class Layout(NamedTuple):
         return math.prod(n // g for n, g in zip(self.shape, self.grid, strict=True))
 
     def share(self, k: int) -> float:
-        """Of the elements, how many are selected, with `k` in a block."""
-        return min(1.0, k * self.blocks / self.cell) if self.cell else 1.0
+        """Of the elements of the leaf, how many are selected, with `k` in a block."""
+        if not self.cell:
+            return 1.0
+        filled, rest = divmod(self.cell, self.block)
+        return (filled * min(k, self.block) + min(k, rest)) / self.cell
 
     @property
     def padded(self) -> bool:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from microadam_optax import _checks
-from microadam_optax._fit import check_form, form_of
+from microadam_optax._fit import check_form, check_key, form_of
 from microadam_optax._state import LeafState, MicroAdamState
 
 Names = tuple[str, ...]
@@ -50,6 +50,8 @@ transformation has `window` 2.
     for prefix, node in nodes:
         if isinstance(node, MicroAdamState):
             here = _names(prefix)
+            if (*here, "count") in found:
+                check_key(found.get((*here, "key")), (*here, "key") in wanted)
             _check_dense(here, [path for path, _ in leaves], found, wanted)
             for path, leaf in leaves:
                 _check_leaf(here, path, jnp.shape(leaf), found, wanted)
@@ -84,9 +86,9 @@ def _check_version(found: dict) -> None:
         first = "/".join(dense[0][dense[0].index("mu") + 1 :])
         more = f" and {len(dense) - 1} more" if len(dense) > 1 else ""
         raise ValueError(
-            "The saved optimizer state is nested (`inner_states`), as microadam_optax "
-            f"0.1 made it with a `dense` that names {first}{more}; a state made with "
-            "the same `dense` now holds the same arrays, under other paths."
+            "The saved optimizer state is nested (`inner_states`), as an earlier version "
+            f"made it with a `dense` that names {first}{more}; a state made with the "
+            "same `dense` now holds the same arrays, under other paths."
         )
 
 

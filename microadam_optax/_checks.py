@@ -68,7 +68,8 @@ def check_decays(**values: Any) -> None:
         elif argument == "eps_root":
             _require(0 <= value < float("inf"), argument, "a number of at least 0", value)
         else:
-            _require(0 <= value < 1, argument, "a number in [0, 1)", value)
+            below = float(np.float32(value)) < 1
+            _require(value >= 0 and below, argument, "a number in [0, 1)", value)
 
 
 def check_kernel(path: Any, dtype: Any, at: Layout, settings: Settings) -> None:

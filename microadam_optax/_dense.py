@@ -51,7 +51,8 @@ def matching(pattern: str) -> Callable[[Any, Any], bool]:
       A function of a leaf's path and the leaf.
 
     Raises:
-      re.error: `pattern` is not a regular expression.
+      TypeError: `pattern` is not a string.
+      ValueError: it is not a regular expression.
 
     Example:
       >>> import jax
@@ -61,8 +62,18 @@ def matching(pattern: str) -> Callable[[Any, Any], bool]:
       >>> jax.tree_util.tree_map_with_path(dense, params)
       {'embed': True, 'mlp': {'bias': True, 'kernel': False}}
     """
-    re.compile(pattern)
+    if not isinstance(pattern, str):
+        raise TypeError(f"`pattern` must be a string, got {pattern!r}.")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"`pattern` must be a regular expression, got {pattern!r}: {error}."
+        ) from error
     return _Matching(pattern)
+
+
+_MISSING = object()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +83,8 @@ class _SmallerThan:
     def __repr__(self) -> str:  # the default, as signatures show it
         return f"smaller_than({self.size})"
 
-    def __call__(self, path: Any, leaf: Any) -> bool:
+    def __call__(self, path: Any, leaf: Any = _MISSING) -> bool:
+        _check_leaf_given(self, leaf)
         del path
         return math.prod(np.shape(leaf)) < self.size
 
@@ -84,9 +96,20 @@ class _Matching:
     def __repr__(self) -> str:
         return f"matching({self.pattern!r})"
 
-    def __call__(self, path: Any, leaf: Any) -> bool:
-        del leaf
+    def __call__(self, path: Any, leaf: Any = _MISSING) -> bool:
+        _check_leaf_given(self, leaf)
         return re.search(self.pattern, _checks.key(path)) is not None
+
+
+def _check_leaf_given(dense: Any, leaf: Any) -> None:
+    """Raises TypeError where optax calls it as a schedule or a mask."""
+    if leaf is _MISSING:
+        raise TypeError(
+            f"`{dense}` is for `dense` and takes a leaf's path and the leaf, but was "
+            "called with one argument, as a mask or a schedule; with "
+            "optax.inject_hyperparams pass `static_args=microadam_optax.static_args(f)`, "
+            "f being the function that it wraps."
+        )
 
 
 def choose(dense: Any, params: Any) -> list[bool]:
@@ -155,5 +178,23 @@ def _per_leaf(dense: Any, params: Any) -> list[Any]:
         return whole.flatten_up_to(jax.tree.broadcast(dense, params))
     except ValueError as error:
         raise ValueError(
-            f"`dense` must be a tree of bools like the parameters: {error}"
+            "`dense` must be a tree of bools like the parameters, or a prefix of it, but "
+            f"{_difference(dense, params)}."
         ) from error
+
+
+def _difference(dense: Any, params: Any) -> str:
+    given, known = (
+        [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+        for tree in (dense, params)
+    )
+    covered = {path[:size] for path in known for size in range(len(path) + 1)}
+    extra = [path for path in given if path not in covered]
+    missing = [
+        path for path in known if not any(path[: len(own)] == own for own in given)
+    ]
+    if extra:
+        return f"the parameters have no {_checks.name(extra[0])}"
+    if missing:
+        return f"it has nothing for {_checks.name(missing[0])}"
+    return "the containers differ in type"

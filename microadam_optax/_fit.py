@@ -54,8 +54,8 @@ def check_structure(updates: Any, state: Any) -> None:
     if not isinstance(state, MicroAdamState):
         raise TypeError(
             "The optimizer state must be a MicroAdamState, got a "
-            f"{type(state).__name__}: it was made by another transformation, or, with "
-            "`dense`, by microadam_optax 0.1."
+            f"{type(state).__name__}: it was made by another transformation or by an "
+            "earlier version, or restored without its structure."
         )
 
     def kept(codes: Any, mu: Any) -> Any:
@@ -85,6 +85,27 @@ def check_structure(updates: Any, state: Any) -> None:
     )
 
 
+def check_key(key: Any, stochastic_rounding: bool) -> None:
+    """Raises ValueError if a state was made for the other way of rounding."""
+    if (key is not None) != stochastic_rounding:
+        raise ValueError(
+            "The optimizer state was made with `stochastic_rounding` "
+            f"{key is not None}, but this transformation has {stochastic_rounding}."
+        )
+
+
+def check_shapes(updates: Any, params: Any) -> None:
+    """Raises ValueError if a gradient has another shape than its parameter."""
+    for path, gradient in jax.tree_util.tree_leaves_with_path(updates):
+        given = jax.numpy.shape(gradient)
+        known = params.get(path, given)
+        if given != known:
+            raise ValueError(
+                f"The gradient of {name(path)} has the shape {given}, but its parameter "
+                f"{known}."
+            )
+
+
 def check_state(
     path: Any,
     shape: tuple[int, ...],
@@ -96,6 +117,8 @@ def check_state(
     """The layout of a leaf, None if it is dense; ValueError if the state is not its."""
     if isinstance(state, Moments) and state.mu.shape != shape:
         raise ValueError(_other_shape(path, state.mu.shape, shape))
+    if isinstance(state, LeafState) and dense:
+        check_made_for(path, shape, state, ages, settings)
     if isinstance(state, Moments) != dense:
         raise ValueError(
             f"The optimizer state of {name(path)} is "
@@ -105,14 +128,32 @@ def check_state(
         )
     if isinstance(state, Moments):
         return None
+    found, made, asked, at = _forms(shape, state, ages, settings)
+    check_form(path, shape, found, made, asked)
+    return at
+
+
+def check_made_for(
+    path: Any, shape: tuple[int, ...], state: LeafState, ages: Any, settings: Settings
+) -> None:
+    """Raises ValueError if a compressed leaf's state tells of another shape."""
+    found, made, asked, _ = _forms(shape, state, ages, settings)
+    other = shape_of(found, shape, asked) if made is None else None
+    if other:
+        raise ValueError(_other_shape(path, other, shape))
+
+
+def _forms(
+    shape: tuple[int, ...], state: LeafState, ages: Any, settings: Settings
+) -> tuple[LeafState, Form | None, Form, Layout]:
+    """Shapes of a state, what they tell, what is asked, and the layout of that."""
     window = 1 if ages is None else ages.size + 1
     found = LeafState(*(None if x is None else x.shape for x in state))
     made = form_of(shape, found, window)
     at = layout(shape, settings.block_size, grid=made.grid if made else None)
     k = settings.k(at.block) if settings.window > 1 else None
     asked = Form(settings.window, settings.bits, at.block, k, at.grid)
-    check_form(path, shape, found, made, asked)
-    return at
+    return found, made, asked, at
 
 
 def check_form(
@@ -204,5 +245,5 @@ def _same_density(state: LeafState, asked: Form) -> bool:
 def _other_shape(path: Any, made: tuple[int, ...], given: tuple[int, ...]) -> str:
     return (
         f"The optimizer state of {name(path)} is that of a leaf of shape {made} (up to "
-        f"padding), but the gradient has the shape {given}."
+        f"padding), but this leaf has the shape {given}."
     )

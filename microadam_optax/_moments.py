@@ -91,6 +91,10 @@ def normalizers(
     the square of the factor besides by which an update is to be longer because a
     coordinate is selected once in 1 / share steps; so `eps` stands beside Adam's root.
     """
+    # What b1 and b2 are is so not known to XLA, which computes powers of constants with
+    # other last bits than of arguments.
+    unknown = 0 * count.astype(jnp.float32)
+    b1, b2 = b1 + unknown, b2 + unknown
     steps = jnp.minimum(count, window)
     slower = _speed(b1, b2, window, share) ** 2
     return debias(b1, steps), debias(b2, steps) * slower
@@ -102,11 +106,15 @@ def _speed(b1: jax.Array, b2: jax.Array, window: int, share: float) -> jax.Array
     A coordinate that is selected once moves by a learning rate times the sum, at small
     shares; see docs/algorithm.md.
     """
-    mu, nu = (debias(b, jnp.int32(window)) for b in (b1, b2))
-    speed = jnp.float32(0)
-    for _ in range(window):  # from the newest on, in every program
+
+    def add_age(_: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        speed, mu, nu = sums
         speed += mu / jnp.sqrt(share + rounded((1 - share) * nu))
-        mu, nu = mu * b1, nu * b2
+        return speed, mu * b1, nu * b2
+
+    mu, nu = (debias(b, jnp.int32(window)) for b in (b1, b2))
+    sums = (0 * (mu + nu), mu, nu)  # in the order of ages, in every program
+    speed = lax.fori_loop(0, window, add_age, sums, unroll=min(window, 16))[0]
     return share**EXPONENT * speed
 
 

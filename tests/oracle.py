@@ -82,7 +82,8 @@ def number_selected(b: int, options: Options) -> int:
 def share_selected(blocks: list, b: int, options: Options) -> float:
     """Of all elements of a leaf, given the `blocks_of` it."""
     size = sum(map(len, blocks))
-    return min(1.0, len(blocks) * number_selected(b, options) / size) if size else 1.0
+    k = number_selected(b, options)
+    return sum(min(k, len(block)) for block in blocks) / size if size else 1.0
 
 
 def new_block(b: int) -> Block:

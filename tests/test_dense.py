@@ -283,7 +283,7 @@ def test_what_version_0_1_made_is_refused():
     words = r"\(`inner_states`\), .* names blocks/0/bias and 3 more"
     with pytest.raises(ValueError, match=words):
         check_checkpoint(jax.eval_shape(old.init, PARAMS), tx, PARAMS)
-    with pytest.raises(TypeError, match=r"got a PartitionState: .* microadam_optax 0\.1"):
+    with pytest.raises(TypeError, match=r"got a PartitionState: .* an earlier version"):
         tx.update(PARAMS, old.init(PARAMS))
 
 
@@ -343,7 +343,8 @@ def test_the_state_of_another_optimizer_is_refused():
 @pytest.mark.parametrize(
     ("dense", "error", "words"),
     [
-        ({"embed": True}, ValueError, "`dense` must be a tree of bools like"),
+        ({"embed": True}, ValueError, "bools like .* it has nothing for"),
+        ({"other": True}, ValueError, r"the parameters have no \['other'\]"),
         (lambda _, leaf: leaf.size, TypeError, r"got 96 for \['blocks'\]"),
         ("norm", TypeError, r"a bool a leaf, got 'norm' for \['blocks'\]"),
     ],
@@ -356,3 +357,31 @@ def test_errors(dense, error, words):
 def test_size_must_be_an_integer():
     with pytest.raises(TypeError, match=r"`size` must be an integer, got 4096\.0"):
         smaller_than(4096.0)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "error", "words"),
+    [
+        ("(norm", ValueError, r"a regular expression, got '\(norm'"),
+        (["norm"], TypeError, r"`pattern` must be a string, got \['norm'\]"),
+    ],
+)
+def test_a_pattern_is_a_regular_expression(pattern, error, words):
+    with pytest.raises(error, match=words):
+        matching(pattern)
+
+
+@pytest.mark.parametrize("dense", [smaller_than(8), matching("norm")])
+def test_without_static_args_it_says_so(dense):
+    """optax takes it for a schedule of one argument."""
+    make = optax.inject_hyperparams(microadam)
+    with pytest.raises(TypeError, match=r"is for `dense` .*static_args"):
+        make(0.1, dense=dense).init(PARAMS)
+
+
+def test_another_shape_is_told_before_another_dense():
+    """A smaller vocabulary is also one that the default would leave dense."""
+    tx = microadam(0.1)
+    state = tx.init({"embed": jnp.ones((100, 64))})
+    with pytest.raises(ValueError, match=r"leaf of shape \(100, 64\) .*\(50, 64\)"):
+        tx.update({"embed": jnp.ones((50, 64))}, state)

@@ -30,6 +30,7 @@ OUT_OF_RANGE = [
     ("b1", 1.0),
     ("b1", -0.5),
     ("b2", 1.0),
+    ("b2", 0.99999999),
     ("eps", 0.0),  # what is not selected would be 0 / 0
     ("eps", 1e-60),  # 0 in float32
     ("eps_root", -1e-8),
@@ -228,3 +229,23 @@ def test_grids_of_another_tree(grid, difference):
     masked = {"a": params["a"], "b": {"c": optax.MaskedNode()}}
     with pytest.raises(ValueError, match=r"it has nothing for \['a'\]"):
         scale_by_microadam(grid={"b": {"c": None}}).init(masked)
+
+
+def test_a_state_of_the_other_rounding():
+    random, nearest = (scale_by_microadam(stochastic_rounding=x) for x in (True, False))
+    gradient = jnp.ones(8)
+    for tx, other, made in [(random, nearest, False), (nearest, random, True)]:
+        words = f"made with `stochastic_rounding` {made}, but"
+        with pytest.raises(ValueError, match=words):
+            tx.update(gradient, other.init(gradient))
+        with pytest.raises(ValueError, match=words):
+            check_checkpoint(other.init(gradient), tx, gradient)
+
+
+def test_a_gradient_that_is_not_its_parameters():
+    """Transposed, it would fit the state."""
+    tx, params = scale_by_microadam(), {"w": jnp.ones((64, 128))}
+    gradient = {"w": jnp.ones((128, 64))}
+    words = r"gradient of \['w'\] has the shape \(128, 64\), .* parameter \(64, 128\)"
+    with pytest.raises(ValueError, match=words):
+        tx.update(gradient, tx.init(params), params)

@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 import compressed
 import microadam_optax
 from meshes import make_mesh
-from microadam_optax import PAPER, smaller_than
+from microadam_optax import PAPER, _blocks, smaller_than, static_args
+from microadam_optax._state import Settings
 
 # Blocks of 256, which the default grid would cut.
 scale_by_microadam = functools.partial(compressed.scale_by_microadam, shards=1)
@@ -100,8 +101,10 @@ def test_the_share_is_of_real_elements():
 
 
 @pytest.mark.parametrize("way", ["jit", "vmap", "explicit mesh"])
-def test_updates_have_the_same_bits(way):
-    tx = compressed.scale_by_microadam(window=4, density=0.05, match_adam=True)
+@pytest.mark.parametrize(("window", "density"), [*SETTINGS, (3, 0.06), (20, 0.02)])
+def test_updates_have_the_same_bits(way, window, density):
+    """Also where XLA knows the decays while it compiles, and where it does not."""
+    tx = compressed.scale_by_microadam(window=window, density=density, match_adam=True)
     gradients = noise(5, (16, 256))
     state, mine = (tx.init(gradients[0]) for _ in range(2))
     update = jax.jit(tx.update)
@@ -119,6 +122,25 @@ def test_updates_have_the_same_bits(way):
         else:
             found, mine = update(gradient[None] if way == "vmap" else gradient, mine)
         np.testing.assert_array_equal(jnp.reshape(found, gradient.shape), updates)
+
+
+@pytest.mark.parametrize("density", [0.06, 0.5])
+@pytest.mark.parametrize("shape", [(512, 9), (8964,), (5, 700)])
+def test_the_share_counts_no_padding(shape, density):
+    at = _blocks.layout(shape, 256)
+    k = Settings(2, density, 256, 4, 0.0).k(at.block)
+    ones = jnp.ones((*at.grid, at.cell))
+    real = _blocks.pad(ones, at.blocks, at.block).reshape(-1, at.block).sum(1)
+    assert at.share(k) == pytest.approx(jnp.minimum(real, k).sum() / np.prod(shape))
+
+
+def test_decays_injected_give_the_same_bits():
+    gradients = noise(5)
+    given = {"window": 10, "density": 0.01, "match_adam": True, "dense": None}
+    make = microadam_optax.scale_by_microadam
+    injected = optax.inject_hyperparams(make, static_args=static_args(make))(**given)
+    found, expected = (run(tx, gradients)[0] for tx in (injected, make(**given)))
+    chex.assert_trees_all_equal(found, expected)
 
 
 def test_dense_leaves_are_adams():
