@@ -152,7 +152,9 @@ def speed_table(step: dict) -> str:
         of = f"{row['millions']}M", row["setting"]
         found.setdefault(of, {})[row["blocks"]] = f"{row['ratio']:.2f}"
     header = ["parameters", "(window, density)", *(f"blocks of {x}" for x in blocks)]
-    return table(header, [[*of, *map(row.get, blocks)] for of, row in found.items()])
+    return table(
+        header, [[*of, *(row.get(x, "") for x in blocks)] for of, row in found.items()]
+    )
 
 
 def fill(text: str, name: str, content: str) -> str:
