@@ -95,11 +95,11 @@ def check_key(key: Any, stochastic_rounding: bool) -> None:
 
 
 def check_shapes(updates: Any, params: Any) -> None:
-    """Raises ValueError if a gradient has another shape than its parameter."""
+    """Raises ValueError if a gradient is transposed: it may fit the state, too."""
     for path, gradient in jax.tree_util.tree_leaves_with_path(updates):
         given = jax.numpy.shape(gradient)
         known = params.get(path, given)
-        if given != known:
+        if given != known and sorted(given) == sorted(known):
             raise ValueError(
                 f"The gradient of {name(path)} has the shape {given}, but its parameter "
                 f"{known}."
