@@ -94,7 +94,7 @@ def check_key(key: Any, stochastic_rounding: bool) -> None:
         )
 
 
-def check_shapes(updates: Any, params: Any) -> None:
+def check_not_transposed(updates: Any, params: Any) -> None:
     """Raises ValueError if a gradient is transposed: it may fit the state, too."""
     for path, gradient in jax.tree_util.tree_leaves_with_path(updates):
         given = jax.numpy.shape(gradient)

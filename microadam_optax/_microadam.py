@@ -172,7 +172,7 @@ def scale_by_microadam(
         _fit.check_key(state.key, bool(stochastic_rounding))
         if params is not None:
             known = jax.tree_util.tree_leaves_with_path(params)
-            _fit.check_shapes(updates, {path: jnp.shape(x) for path, x in known})
+            _fit.check_not_transposed(updates, {path: jnp.shape(x) for path, x in known})
         leaves, tree = _flatten(updates)
         states = _states.unpack(state, tree)
         choices = [isinstance(old, _states.Moments) for old in states]
