@@ -381,7 +381,7 @@ def test_without_static_args_it_says_so(dense):
 
 def test_another_shape_is_told_before_another_dense():
     """A smaller vocabulary is also one that the default would leave dense."""
-    tx = microadam(0.1)
+    tx = package.microadam(0.1)
     state = tx.init({"embed": jnp.ones((100, 64))})
     with pytest.raises(ValueError, match=r"leaf of shape \(100, 64\) .*\(50, 64\)"):
         tx.update({"embed": jnp.ones((50, 64))}, state)

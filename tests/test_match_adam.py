@@ -125,9 +125,11 @@ def test_updates_have_the_same_bits(way, window, density):
 
 
 @pytest.mark.parametrize("density", [0.06, 0.5])
+@pytest.mark.parametrize("size", [8, 256])
 @pytest.mark.parametrize("shape", [(512, 9), (8964,), (5, 700)])
-def test_the_share_counts_no_padding(shape, density):
-    at = _blocks.layout(shape, 256)
+def test_the_share_counts_no_padding(shape, density, size):
+    """With 9 elements in blocks of 8, the last block has fewer than are selected."""
+    at = _blocks.layout(shape, size, shards=1, grid=(shape[0], 1)[: len(shape)])
     k = Settings(2, density, 256, 4, 0.0).k(at.block)
     ones = jnp.ones((*at.grid, at.cell))
     real = _blocks.pad(ones, at.blocks, at.block).reshape(-1, at.block).sum(1)
