@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import importlib.util
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,8 +26,8 @@ from jax.interpreters import batching, mlir
 from microadam_optax._blocks import Layout
 from microadam_optax._state import Settings
 
-# Platforms whose kernel None chooses: where it was measured to beat XLA.
-CHOSEN: tuple[str, ...] = ("cpu",)
+# Platforms whose kernel None chooses.
+CHOSEN: tuple[str, ...] = ("cpu", "cuda")
 # Names of kernels, and the platforms that each has one for.
 NAMED = {"pallas": ("cuda", "tpu"), "numba": ("cpu",)}
 # For tests: the kernel of a platform, in Pallas's interpreter on any platform.
@@ -164,6 +165,9 @@ def _lower(ctx: Any, *flat: Any, call: _Call, tree: Any) -> Any:
     foreign = getattr(module.lowering_parameters, "for_export", True) or context is None
     platforms = tuple(ctx.platforms or module.platforms)
     chosen = {x: _choose(x, foreign, call, dtype) for x in platforms}
+    if len(platforms) > 1 and call.settings.implementation is None:
+        # Pallas lowers its kernels only in programs for one platform.
+        chosen = {x: kernel if x == "cpu" else None for x, kernel in chosen.items()}
     if any(chosen.values()) and partitioned and context is not None:
         ctx = ctx.replace(module_context=module.replace(axis_context=context))
     branches = {
@@ -218,7 +222,18 @@ def _choose(platform: str, foreign: bool, call: _Call, dtype: Any) -> str | None
     )
     if name is not None and reason is not None:
         raise no_kernel(name, reason)
+    if lacks := _kernels().missing(platform):
+        _tell(platform, lacks)
     return platform if reason is None else None
+
+
+@functools.cache
+def _tell(platform: str, lacks: str) -> None:
+    """Warns once that None does not choose a kernel that other versions of jax have."""
+    warnings.warn(
+        f"microadam_optax has no kernel for {platform} with {lacks}; XLA computes.",
+        stacklevel=2,
+    )
 
 
 def _compute(

@@ -22,7 +22,8 @@ from microadam_optax._kernels import _ffi, cpu
 from microadam_optax._kernels._rows import Launch, Rows, Scalars
 
 pytestmark = pytest.mark.skipif(
-    cpu.available() is not None, reason=f"the CPU kernel cannot run: {cpu.available()}"
+    cpu.unavailable() is not None,
+    reason=f"the CPU kernel cannot run: {cpu.unavailable()}",
 )
 F64 = jnp.float64
 MORE = {
@@ -369,11 +370,11 @@ def test_where_it_cannot_run(name, monkeypatch):
         monkeypatch.setitem(sys.modules, "numba", None)
     else:
         monkeypatch.setattr(sys, "platform", "win32")
-    cpu.available.cache_clear()
-    assert ("numba" if name == "numba" else "win32") in cpu.available()
+    cpu.unavailable.cache_clear()
+    assert ("numba" if name == "numba" else "win32") in cpu.unavailable()
     monkeypatch.undo()
-    cpu.available.cache_clear()
-    assert cpu.available() is None
+    cpu.unavailable.cache_clear()
+    assert cpu.unavailable() is None
 
 
 def test_numba_is_imported_when_it_is_needed():

@@ -21,9 +21,17 @@ from microadam_optax._state import Settings
 PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}  # and the modules of kernels
 
 
+def missing(platform: str) -> str | None:
+    """What this jax lacks, or has in another form, for a kernel; None if nothing."""
+    try:
+        return _module(platform).missing()
+    except ImportError as error:
+        return f"jax {jax.__version__}, without what the kernel is written in: {error}"
+
+
 def unavailable(platform: str) -> str | None:
     """Why the kernel of a platform cannot be used here; None if it can."""
-    return _module(platform).available()
+    return missing(platform) or _module(platform).unavailable()
 
 
 def reason_against(
@@ -32,7 +40,7 @@ def reason_against(
     """Why the kernel of a platform cannot update a leaf; None if it can."""
     if stochastic:
         return "`stochastic_rounding`"
-    return _module(platform).reason_against(at, dtype, settings)
+    return missing(platform) or _module(platform).reason_against(at, dtype, settings)
 
 
 def update(

@@ -77,11 +77,6 @@ class Launch(NamedTuple):
     alpha: float = 0.0
 
 
-def available() -> str | None:
-    """Why Pallas cannot be used here; None if it can."""
-    return None
-
-
 def reason_against(at: Layout, dtype: Any, settings: Settings) -> str | None:
     """Why a kernel of Pallas cannot update a leaf; None if it can."""
     k = settings.k(at.block)

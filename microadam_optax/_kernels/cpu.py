@@ -21,7 +21,7 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @functools.cache
-def available() -> str | None:
+def unavailable() -> str | None:
     """Why the kernel cannot run in this process; None if it can."""
     if sys.platform not in ("linux", "darwin"):
         return f"the platform {sys.platform}"
@@ -29,7 +29,13 @@ def available() -> str | None:
         importlib.import_module("numba")
     except ImportError as error:
         return f"an installation without numba (`microadam-optax[cpu]`): {error}"
-    return _ffi.reason_against(_ffi.header())
+    return None
+
+
+@functools.cache
+def missing() -> str | None:
+    """What of this jax's FFI has changed; None where the kernel is not used anyway."""
+    return None if unavailable() else _ffi.reason_against(_ffi.header())
 
 
 def reason_against(at: _blocks.Layout, dtype: Any, settings: Settings) -> str | None:

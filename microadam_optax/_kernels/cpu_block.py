@@ -42,7 +42,7 @@ INFINITE = np.float32(np.inf)
 _LARGEST = int(np.float32(_moments.LARGEST).view(np.int32))
 _ABOVE = _quantize.ABOVE
 _SMALLEST = np.float32(_quantize.SMALLEST)
-_FEW = 1024  # selected times lanes; up to here maxima cost less than counts
+_FEW = 1280  # comparisons up to which maxima cost less than counts
 _HALF = np.float32(0.5)
 _BELOW_HALF = np.float32(0.5 - 2**-10)
 _AT_ONCE = 8  # bits of a mask without a branch
@@ -276,7 +276,7 @@ def select(s, shape, top):
     """A bar that exactly k keys are above; of ties at it, the first stay above."""
     if shape.k == shape.block:
         return int32(-1)
-    if shape.k * shape.all <= _FEW:
+    if shape.k * (shape.all + WORD) <= _FEW:
         bar = kth_by_maxima(s, shape, top) - 1
         if count_above(s, shape, bar) == shape.k:
             return int32(bar)

@@ -22,6 +22,7 @@ are the lowest bits of the row's bytes, so no element ever changes its lane. Tri
 wants powers of two; lanes past the end of a part are masked.
 """
 
+import contextlib
 import functools
 import operator
 from collections.abc import Callable
@@ -37,7 +38,8 @@ from microadam_optax import _moments
 from microadam_optax._kernels import _rows
 from microadam_optax._kernels._rows import Launch, Rows, Scalars
 
-available, reason_against = _rows.available, _rows.reason_against
+reason_against = _rows.reason_against
+OLDEST = 8.0  # compute capability
 
 
 class _Place(NamedTuple):
@@ -49,6 +51,26 @@ class _Place(NamedTuple):
     exists: jax.Array  # bool
 
 
+def missing() -> str | None:
+    """What this jax lacks for the kernel: nothing, once this module is imported."""
+    return None
+
+
+def unavailable() -> str | None:
+    """Why the kernel cannot run on the GPUs here; None if it can, or if none is here."""
+    here = jax.sharding.get_abstract_mesh()
+    if here.manual_axes and getattr(here.abstract_device, "platform", None) != "gpu":
+        return "a mesh of other devices than GPUs"
+    try:
+        devices = jax.local_devices(backend="cuda")
+    except RuntimeError:  # the program is for another machine
+        return None
+    found = min(float(device.compute_capability) for device in devices)
+    return (
+        f"GPUs of compute capability {found}, below {OLDEST}" if found < OLDEST else None
+    )
+
+
 def update(
     old: Rows, scalars: Scalars, launch: Launch, rows: int = 1, warps: int = 1
 ) -> Rows:
@@ -56,7 +78,7 @@ def update(
 
     `rows` and `warps` are those of a program.
     """
-    (new,) = pl.pallas_call(
+    kernel = pl.pallas_call(
         functools.partial(_update_rows, launch=launch, rows=rows),
         out_shape=(_rows.like(old),),
         grid=(pl.cdiv(old.codes.shape[0], rows),),
@@ -64,8 +86,23 @@ def update(
         compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
         interpret=launch.interpret,
         name="microadam",
-    )(old, scalars)
+    )
+    with contextlib.nullcontext() if launch.interpret else _on_a_gpu():
+        (new,) = kernel(old, scalars)
     return new
+
+
+def _on_a_gpu() -> Any:
+    """Tells Pallas that the program is for a GPU, of a kind that it knows.
+
+    Else it asks JAX's default device, and fails where that is a CPU. The answer plays no
+    part in kernels without 8-bit floats. Within `jax.shard_map` the mesh says it.
+    """
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        return contextlib.nullcontext()
+    device = jax.sharding.AbstractDevice("NVIDIA H200", 132, "gpu")
+    empty = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(empty)
 
 
 def _update_rows(
