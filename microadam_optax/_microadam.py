@@ -82,8 +82,9 @@ def scale_by_microadam(
       stochastic_rounding: Rounds the error's codes up or down at random, unbiased.
       seed: Seed of that randomness.
       implementation: ``"xla"``; ``"numba"`` or ``"pallas"``, the fused kernel of a CPU,
-        or of a GPU or TPU; or None to choose what is known to be faster, which never
-        makes a program fail. All give the same state.
+        or of a GPU or TPU; or None to choose: the kernel of a CPU where numba is
+        installed, or of an NVIDIA GPU, else XLA, which never makes a program fail. All
+        give the same state.
 
     Returns:
       A transformation whose state is a `MicroAdamState`. Updates have the shapes and
