@@ -217,14 +217,15 @@ def for_tpu(device) -> list[dict]:
     return rows
 
 
-def prepare() -> None:
+def prepare(dump: bool = True) -> None:
     """What XLA and its plugins read when they are loaded."""
-    shutil.rmtree(DUMP, ignore_errors=True)
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # of libraries that run code
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # which asks the network what TPU this is
-    flags = f"--xla_dump_to={DUMP} --xla_dump_emitter_re=.*"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     jax.config.update("jax_platforms", "cpu")
+    if dump:
+        shutil.rmtree(DUMP, ignore_errors=True)
+        flags = f"--xla_dump_to={DUMP} --xla_dump_emitter_re=.*"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
 
 def main() -> None:

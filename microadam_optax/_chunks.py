@@ -1,8 +1,8 @@
 """Running a function over a leaf piece by piece, in place.
 
-XLA for CPU and TPU holds every intermediate of a leaf at once, many times the
-leaf itself. A loop over pieces that fit a core's cache bounds that memory, and on
-CPU it is faster too.
+XLA holds intermediates of a whole leaf at once, many times the leaf itself. A loop over
+pieces bounds that memory. On CPUs they fit a core's cache, which is faster too; on GPUs
+they are large, for each takes some ten launches and more.
 """
 
 import math
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 ELEMENTS = 2**18  # a piece of float32 is then 1 MiB
+ELEMENTS_ON_GPUS = 2**23  # there pieces are for memory alone
 LARGER = 4  # times that, pieces may be, if they are equal
 
 
@@ -29,7 +30,11 @@ class Cut(NamedTuple):
 
 
 def plan(
-    shape: tuple[int, ...], axes: range, devices: int, blocks: int | None = None
+    shape: tuple[int, ...],
+    axes: range,
+    devices: int,
+    blocks: int | None = None,
+    elements: int | None = None,
 ) -> Cut:
     """Which axis of a leaf to cut, and how; into one piece to leave it whole.
 
@@ -44,8 +49,9 @@ def plan(
       devices: how many an axis may be sharded over.
       blocks: in a cell, the last axis, if the last of them is not full. They may be
         cut as well, but for that.
+      elements: of a piece, as wanted; `ELEMENTS`, if not given.
     """
-    wanted = max(1, math.prod(shape) // ELEMENTS)
+    wanted = max(1, math.prod(shape) // (elements or ELEMENTS))
 
     def most(axis: int) -> int:
         return shape[axis] // math.gcd(shape[axis], devices)

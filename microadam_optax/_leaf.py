@@ -147,7 +147,8 @@ def by_xla(
 
     axes = range(len(at.grid) + (not at.padded))
     blocks = at.blocks if at.padded else None
-    cut = _chunks.plan(cells.shape, axes, _specs.devices(), blocks)
+    plan = functools.partial(_chunks.plan, cells.shape, axes, _specs.devices(), blocks)
+    cut, on_gpus = plan(), plan(elements=_chunks.ELEMENTS_ON_GPUS)
 
     def pad(leaf: Leaf) -> Leaf:
         rows = _blocks.pad(leaf.gradient, leaf.codes.shape[-2], at.block)
@@ -162,7 +163,9 @@ def by_xla(
         new = unpad(new, leaf) if at.padded else new
         return _chunks.write(leaf, new, _starts(leaf, step.ages)), after
 
-    def in_chunks(leaf: Leaf, step: Step, after: jax.Array) -> tuple[Leaf, jax.Array]:
+    def in_chunks(
+        cut: _chunks.Cut, leaf: Leaf, step: Step, after: jax.Array
+    ) -> tuple[Leaf, jax.Array]:
         f = functools.partial(update_blocks, step=step, settings=settings)
         starts = _starts(leaf, step.ages)
         fence = functools.partial(_chunks.fence, always=step.count >= 0)
@@ -181,10 +184,15 @@ def by_xla(
             units = units._replace(gradient=at.block)
         return _chunks.in_chunks(piece, leaf, starts, units, cut, after)
 
+    def in_pieces(cut: _chunks.Cut) -> Callable:
+        if cut.pieces == 1:
+            return whole
+        return derived_as(whole, functools.partial(in_chunks, cut))
+
     if cut.pieces > 1:
-        pieces = derived_as(whole, in_chunks)
+        gpu = in_pieces(on_gpus)
         leaf, after = lax.platform_dependent(
-            leaf, step, after, cuda=whole, rocm=whole, default=pieces
+            leaf, step, after, cuda=gpu, rocm=gpu, default=in_pieces(cut)
         )
     else:
         leaf, after = whole(leaf, step, after)

@@ -133,6 +133,14 @@ def test_in_a_shard_map_over_cpus_it_compiles(spec):
     assert TRITON not in lowered(f, LEAF)
 
 
+def test_xlas_own_code_takes_large_leaves_in_pieces():
+    tx, loops = make(implementation="xla"), []
+    for rows in (2**14, 2**19):  # 4 and 128 million elements
+        leaf = jax.ShapeDtypeStruct((rows, 256), jnp.bfloat16)
+        loops.append(of_leaf(tx, leaf).count("stablehlo.while"))
+    assert loops[1] == loops[0] + 1
+
+
 @pytest.mark.parametrize(("capability", "chosen"), [("7.5", False), ("8.0", True)])
 def test_old_gpus_are_xlas(capability, chosen, monkeypatch):
     gpu, own = types.SimpleNamespace(compute_capability=capability), jax.local_devices()

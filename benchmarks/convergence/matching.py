@@ -2,9 +2,10 @@
 
 python benchmarks/convergence/matching.py [task ...]
 
-Every setting, with and without `match_adam`, at a half, once and twice the best learning
-rate of Adam, two seeds. Runs are kept one by one, so it goes on where it was; once a task
-is complete, docs/images/matching.png is drawn of all that are.
+Every setting, without `match_adam` and with it at two exponents of the density, at a
+half, once and twice the best learning rate of Adam, two seeds. Runs are kept one by one,
+so it goes on where it was; once a task is complete, docs/images/matching.png is drawn of
+all that are.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import methods
 import pictures
 import study
 import tasks
+from microadam_optax import _moments
 from runs import ROOT, Runs, mean_score
 
 FACTORS = (0.5, 1.0, 2.0)
@@ -32,7 +34,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "(1, 4 %), blocks of 64": {"window": 1, "density": 0.04, "block_size": 64},
     "(2, 6 %), blocks of 64": {"window": 2, "density": 0.06, "block_size": 64},
 }
-WAYS = {"literal": False, "matched": True}
+# The exponents of the share of selected entries; None is the literal method.
+WAYS = {"literal": None, "exponent 0.75": 0.75, "exponent 0.5": 0.5}
 
 
 class Trial(NamedTuple):
@@ -54,9 +57,9 @@ TRIALS = {
 def all_methods() -> dict[str, methods.Method]:
     found = {"Adam": methods.PEERS["Adam"]}
     for name, settings in SETTINGS.items():
-        for way, match in WAYS.items():
+        for way, exponent in WAYS.items():
             found[f"{name}, {way}"] = methods.micro(
-                **settings, centre=0.0, match_adam=match
+                **settings, centre=0.0, match_adam=exponent is not None
             )
     return found
 
@@ -74,12 +77,13 @@ def curves(name: str) -> dict[str, dict[float, float]]:
     runs, found = Runs(f"matching_{name.split(',')[0].lower()}"), {}
     rate, least = best_of_adam(study.Work(one, runs, task, "Adam"), trial)
     for title in list(one.methods)[1:]:
+        jax.clear_caches()
+        _moments.EXPONENT = WAYS[title.rpartition(", ")[2]] or _moments.EXPONENT
         work = study.Work(one, runs, task, title)
         for factor in FACTORS:
             rows = work.rows(float(f"{factor * rate:.3g}"), SEEDS, trial.steps)
             found.setdefault(title, {})[factor] = mean_score(rows) - least
         print(f"{name}, {title}: {found[title]}", flush=True)
-        jax.clear_caches()
     return found
 
 

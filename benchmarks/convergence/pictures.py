@@ -146,33 +146,35 @@ def mechanism(found: dict[str, Any], file: pathlib.Path) -> None:
 
 
 def matching(found: dict[str, dict[str, Any]], file: pathlib.Path) -> None:
-    """Above Adam's best figure by the rate over Adam's; dashed without `match_adam`."""
+    """Above Adam's best figure by the rate over Adam's: a column a task, a row a way."""
+    titles = [title.rpartition(", ") for title in next(iter(found.values()))]
+    names, ways = (list(dict.fromkeys(x[i] for x in titles)) for i in (0, 2))
     figure, all_axes = plt.subplots(
-        1,
+        len(ways),
         len(found),
-        figsize=(3 + 3.5 * len(found), 4.5),
+        figsize=(2.5 + 3.2 * len(found), 1 + 2.4 * len(ways)),
         squeeze=False,
+        sharex=True,
+        sharey="col",
         layout="constrained",
     )
-    for axes, (task, by_title) in zip(all_axes[0], found.items(), strict=True):
-        names = list(dict.fromkeys(title.rpartition(", ")[0] for title in by_title))
-        for title, scores in by_title.items():
-            name, _, way = title.rpartition(", ")
-            matched = way == "matched"
-            axes.plot(
-                list(scores),
-                list(scores.values()),
-                "o-" if matched else "o--",
-                color=f"C{names.index(name)}",
-                alpha=1 if matched else 0.4,
-                label=name if matched else None,
-            )
-        axes.axhline(0, color="black", linewidth=1)
-        axes.set(xscale="log", xlabel="learning rate over Adam's best", title=task)
-        axes.set_xticks([0.5, 1, 2], ["0.5", "1", "2"])
-        axes.minorticks_off()
-    all_axes[0][0].set_ylabel("loss (or error rate) above Adam's")
-    all_axes[0][-1].legend(title="matched (dashed: literal)", fontsize="small")
+    for column, (task, by_title) in zip(all_axes.T, found.items(), strict=True):
+        column[0].set_title(task)
+        column[-1].set_xlabel("learning rate over Adam's best")
+        for axes, way in zip(column, ways, strict=True):
+            for i, name in enumerate(names):
+                scores = by_title[f"{name}, {way}"]
+                axes.plot(
+                    list(scores), list(scores.values()), "o-", color=f"C{i}", label=name
+                )
+            axes.axhline(0, color="black", linewidth=1)
+            axes.set(xscale="log")
+            axes.set_xticks([0.5, 1, 2], ["0.5", "1", "2"])
+            axes.minorticks_off()
+    for axes, way in zip(all_axes[:, 0], ways, strict=True):
+        axes.set_ylabel(f"{way}\nloss (or error rate) above Adam's")
+    handles, labels = all_axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize="small")
     save(figure, file)
 
 
