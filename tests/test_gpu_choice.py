@@ -30,7 +30,6 @@ def make(**arguments):
 
 
 def lowered(f, *args, platforms=("cuda",)):
-    jax.clear_caches()  # what is chosen is no argument of what is cached
     return jax.jit(f).trace(*args).lower(lowering_platforms=platforms).as_text()
 
 
@@ -141,6 +140,16 @@ def test_xlas_own_code_takes_large_leaves_in_pieces():
     assert loops[1] == loops[0] + 1
 
 
+@pytest.fixture
+def fresh():
+    """What is chosen is no argument of what JAX has cached."""
+    jax.clear_caches()
+    _dispatch._tell.cache_clear()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize(("capability", "chosen"), [("7.5", False), ("8.0", True)])
 def test_old_gpus_are_xlas(capability, chosen, monkeypatch):
     gpu, own = types.SimpleNamespace(compute_capability=capability), jax.local_devices()
@@ -162,33 +171,36 @@ def warned(f):
     return result, [str(x.message) for x in found if "microadam" in str(x.message)]
 
 
+@pytest.mark.usefixtures("fresh")
 def test_without_triton_xla_computes_and_says_so_once(monkeypatch):
     monkeypatch.delitem(sys.modules, "microadam_optax._kernels.gpu", raising=False)
     monkeypatch.delattr(_kernels, "gpu", raising=False)
     monkeypatch.delattr(jax.experimental.pallas, "triton", raising=False)
     monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
-    _dispatch._tell.cache_clear()
     text, messages = warned(lambda: of_leaf(make()))
     assert TRITON not in text
     assert len(messages) == 1
     assert "no kernel for cuda with jax" in messages[0]
+    jax.clear_caches()
     assert warned(lambda: of_leaf(make()))[1] == []
     with pytest.raises(NotImplementedError, match="without what the kernel is written"):
         of_leaf(make(implementation="pallas"))
 
 
+@pytest.mark.usefixtures("fresh")
 @pytest.mark.skipif(cpu.unavailable() is not None, reason="needs numba")
 def test_with_another_ffi_xla_computes_and_says_so_once(monkeypatch):
     changed = _ffi.header().replace("void** args;", "void** arguments;")
     changed = changed.replace(f"API_MINOR {_ffi.version(changed)[1]}", "API_MINOR 99")
     monkeypatch.setattr(_ffi, "header", lambda: changed)
     cpu.missing.cache_clear()
-    _dispatch._tell.cache_clear()
     text, messages = warned(lambda: of_leaf(make(), platforms=("cpu",)))
     assert "microadam_float32" not in text
     assert len(messages) == 1
     assert "no kernel for cpu with XLA's FFI 0.99" in messages[0]
+    jax.clear_caches()
     assert warned(lambda: of_leaf(make(), platforms=("cpu",)))[1] == []
     monkeypatch.undo()
     cpu.missing.cache_clear()
+    jax.clear_caches()
     assert "microadam_float32" in of_leaf(make(), platforms=("cpu",))
