@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from compressed import scale_by_microadam
 from meshes import collectives, make_mesh
-from microadam_optax import _dispatch, _kernels, state_shardings
+from microadam_optax import _dispatch, _kernels, microadam, state_shardings
 
 KERNEL = "microadam_float32"  # what XLA calls
 NAMES = (None, "numba")
@@ -433,3 +433,33 @@ def test_an_axis_of_nothing():
     batched = jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), state)
     updates, _ = jax.jit(jax.vmap(tx.update))(jnp.zeros((0, 64)), batched)
     assert updates.shape == (0, 64)
+
+
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_vmap_over_learning_rates(implementation):
+    gradient = normal(8, 256)
+
+    def trained(rate):
+        tx = microadam(rate, dense=None, weight_decay=0.01, implementation=implementation)
+        params, state = gradient, tx.init(gradient)
+        for factor in (1.0, 2.0):
+            updates, state = tx.update(factor * gradient, state, params)
+            params = params + updates
+        return params, state[0].codes
+
+    rates = jnp.array([1e-3, 0.1])
+    assert_equal(jax.vmap(trained)(rates), stack([trained(rate) for rate in rates]))
+
+
+def test_linearize_is_jvp():
+    tx, gradient = make(), normal(4, 256)
+    state = some_steps(tx, gradient)
+
+    def update(gradient):
+        return tx.update(gradient, state)[0]
+
+    want = jax.jvp(update, (gradient,), (gradient,))
+    value, linear = jax.linearize(update, gradient)
+    # Equal but for what XLA fuses: a few roundings of float32, more where terms cancel.
+    np.testing.assert_allclose(value, want[0], rtol=1e-6)
+    np.testing.assert_allclose(linear(gradient), want[1], rtol=1e-5, atol=1e-7)
