@@ -193,6 +193,26 @@ def short_peak_table(results: dict) -> str:
     return table(header, [[n, *map(peaks.get, dtypes)] for n, peaks in found.items()])
 
 
+def gpu_peak_table(results: dict, dtype: str = "bfloat16") -> str:
+    """Bytes a parameter of a whole step on a GPU, a table for each model."""
+    header = ["optimizer", "parameters", "and state", "temporary", "peak", "MultiSteps"]
+    found, tables = {row["line"]: row for row in results["rows"]}, []
+    for model in dict.fromkeys(row["model"] for row in results["rows"]):
+        rows, number = [], 0
+        for row in results["rows"]:
+            if (row["model"], row["dtype"], row["every"]) != (model, dtype, 1):
+                continue
+            number = row["number"]
+            parts = ("parameters", "arguments", "temporary", "peak")
+            figures = [f"{row[x]:.2f}" for x in parts]
+            more = found.get(f"{row['line']}, MultiSteps")
+            rows.append(
+                [row["optimizer"], *figures, f"{more['peak']:.2f}" if more else ""]
+            )
+        tables.append(f"{table(header, rows)}\n\n{number:,} {dtype} parameters.")
+    return "\n\n".join([*tables, f"Compiled for an H200: {measured_on(results)}."])
+
+
 def resident_table(results: dict) -> str:
     """The most memory that whole processes held."""
     base = results["rows"][0]["resident_bytes"]
@@ -422,6 +442,8 @@ def main() -> None:
     text = fill(text, "peak", peak_table(load("peak_memory")))
     if (ROOT / "benchmarks" / "results" / "resident_memory.json").exists():
         text = fill(text, "resident", resident_table(load("resident_memory")))
+    if (ROOT / "benchmarks" / "results" / "gpu_memory.json").exists():
+        text = fill(text, "gpu peak", gpu_peak_table(load("gpu_memory")))
     of_memory.write_text(text)
     kernels = ROOT / "docs" / "kernels.md"
     text = fill(kernels.read_text(), "gpu code", gpu_code_table(load("kernels")))
