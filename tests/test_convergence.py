@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +10,12 @@ import numpy as np
 import pytest
 
 import methods
-import report
 import rosenbrock
 import runs
 import study
 import tasks
 import training
 
-DOCS = pathlib.Path(__file__).parents[1] / "docs"
 TARGET = np.linspace(-1, 1, 16, dtype=np.float32)
 
 
@@ -145,35 +142,3 @@ def test_keep_largest():
     tx = rosenbrock.keep_largest(1)
     kept, _ = tx.update(jnp.array([1.0, -3.0]), tx.init(None))
     np.testing.assert_array_equal(kept, [0.0, -3.0])
-
-
-@pytest.mark.parametrize("page", ["docs/convergence.md", "README.md"])
-def test_the_summary_is_that_of_the_results(page):
-    text = (DOCS.parent / page).read_text()
-    assert f"<!-- quality -->\n{report.quality_section()}\n<!-- end" in text
-
-
-def lengths():
-    for name, one in study.STUDIES.items():
-        yield from ((name, steps) for steps in (one.steps, one.long) if steps)
-
-
-@pytest.mark.parametrize(("name", "steps"), list(lengths()))
-def test_docs_have_the_tables_of_the_results(name, steps):
-    """What `report.py` would write stands there, each in its own section."""
-    windows = name == "language_windows"
-    section = "language windows" if windows else name
-    text = (DOCS / "convergence.md").read_text()
-    text = text.split(f"<!-- {section} -->")[1].split(f"<!-- end {section} -->")[0]
-    found = report.outcomes(
-        name, steps, list(methods.WINDOWS if windows else methods.MAIN)
-    )
-    reference = report.adam_of(report.outcomes(name, steps, ["Adam"]))
-    if windows and reference and found:
-        found = [reference, *found]
-    if found:
-        assert report.table(found, reference) in text
-    elif steps == study.STUDIES[name].steps:
-        assert text.strip() == "Not run yet."
-    else:
-        assert f"{steps:,} steps" not in text

@@ -1,6 +1,5 @@
 """Every recipe runs, learns, and keeps what it promises."""
 
-import pathlib
 
 import jax
 import optax
@@ -19,7 +18,6 @@ import orbax_resume
 import plain_jax
 from compressed import scale_by_microadam
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 PLAIN = [plain_jax, nnx_optimizer, linen_train_state, equinox_model, inject_hyperparams]
 
 
@@ -83,21 +81,6 @@ def test_private_gradients_reach_microadam_clipped_and_averaged():
     assert (updates == 0).mean() == 0.75
     assert jax.numpy.allclose(updates, expected, rtol=1e-5)
     assert ((updates > 0) == (expected > 0)).all()
-
-
-def test_every_example_is_listed():
-    text = (EXAMPLES / "README.md").read_text()
-    helpers = {
-        "bert",
-        "command_line",
-        "docstrings",
-        "language_model",
-        "text_data",
-        "digits",
-    }
-    for file in EXAMPLES.rglob("*.py"):
-        command = f"`python examples/{file.relative_to(EXAMPLES)}"
-        assert (command in text) != (file.stem in helpers), file
 
 
 def test_the_data_are_divided():
