@@ -1,6 +1,5 @@
 """Every recipe runs, learns, and keeps what it promises."""
 
-
 import jax
 import optax
 import pytest
