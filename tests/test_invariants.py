@@ -82,3 +82,12 @@ def test_slots_are_overwritten_in_turn(window):
         assert sorted(held[held != 0]) == sorted(last)
         assert held[(step - 1) % slots] == step
         assert int(state.indices.ravel()[(step - 1) % slots]) == step % 64
+
+
+@pytest.mark.parametrize("window", [2, 4])
+def test_no_position_stands_twice_in_a_slot(window):
+    """Not before the first step either: the scatter relies on it."""
+    tx = scale_by_microadam(window=window, density=0.1)
+    state = tx.init(jnp.zeros((2, 64)))
+    slots = np.asarray(state.indices).reshape(-1, window - 1, 7)
+    assert all(len(set(slot)) == 7 for row in slots for slot in row.tolist())

@@ -1,5 +1,7 @@
 """Any tree of parameters, any optax wrapper around, and checkpoints of the state."""
 
+import inspect
+
 import chex
 import flax.serialization
 import jax
@@ -11,8 +13,9 @@ import pytest
 from flax import nnx
 from flax.core import FrozenDict
 
+import microadam_optax as package
 from compressed import microadam, scale_by_microadam
-from microadam_optax import PAPER, _chunks
+from microadam_optax import PAPER, _chunks, smaller_than
 
 SETTINGS = {
     "paper": PAPER,
@@ -185,6 +188,20 @@ def test_a_donated_step_works_in_place():
     assert temporary(8) - temporary(1) < one_leaf
 
 
+def test_leaves_share_their_temporaries():
+    """The copies of 16-bit arrays, too, that XLA makes for its pieces."""
+    tx = scale_by_microadam(implementation="xla")
+    leaf = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16)
+
+    def temporary(number):
+        tree = [leaf] * number
+        step = jax.jit(tx.update, donate_argnums=(0, 1))
+        compiled = step.lower(tree, jax.eval_shape(tx.init, tree)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(4) - temporary(1) < leaf.size
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("shape", [(2097143,), (2 * 1048573,), (2039, 1031), (7, 299993)])
 def test_temporaries_are_those_of_pieces(shape, dtype):
@@ -197,6 +214,22 @@ def test_temporaries_are_those_of_pieces(shape, dtype):
     if dtype == jnp.bfloat16:
         pieces += 2.2 * leaf.size
     assert compiled.memory_analysis().temp_size_in_bytes <= pieces
+
+
+@pytest.mark.parametrize("make", [package.microadam, package.scale_by_microadam])
+def test_defaults(make):
+    """Another one would train otherwise, and refuse checkpoints that it has made."""
+    found = {x.name: x.default for x in inspect.signature(make).parameters.values()}
+    if make is package.microadam:
+        assert found.pop("learning_rate") is inspect.Parameter.empty
+        assert (found.pop("weight_decay"), found.pop("mask")) == (0.0, None)
+    assert found == {
+        **{"b1": 0.9, "b2": 0.999, "eps": 1e-8, "eps_root": 0.0},
+        **{"window": 2, "density": 0.06, "block_size": 256, "error_bits": 4},
+        **{"shards": 8, "grid": None, "dense": smaller_than(4096)},
+        **{"match_adam": False, "alpha": 0.0, "stochastic_rounding": False, "seed": 0},
+        "implementation": None,
+    }
 
 
 def test_weight_decay_and_mask():
