@@ -16,24 +16,28 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("fixed")
 
-CACHE = "JAX_COMPILATION_CACHE_DIR"  # programs that tests start read it, too
+FOLDER = "JAX_COMPILATION_CACHE_DIR"
+ALL = {  # programs are kept however small; those that tests start read them, too
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0.0,
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": -1,
+}
+MADE = pytest.StashKey[str]()
 
 
 def pytest_configure(config):
     """A new folder for each run, so that nothing in it is older than the package."""
     if not hasattr(config, "workerinput"):  # the workers of pytest-xdist inherit it
-        config.stash[made] = os.environ[CACHE] = tempfile.mkdtemp(prefix="jax-programs-")
-    jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        folder = tempfile.mkdtemp(prefix="jax-programs-")
+        config.stash[MADE] = os.environ[FOLDER] = folder
+        os.environ.update({name: str(value) for name, value in ALL.items()})
+    jax.config.update(FOLDER.lower(), os.environ[FOLDER])
+    for name, value in ALL.items():
+        jax.config.update(name.lower(), value)
 
 
 def pytest_unconfigure(config):
-    if made in config.stash:
-        shutil.rmtree(config.stash[made], ignore_errors=True)
-
-
-made = pytest.StashKey[str]()
+    if MADE in config.stash:
+        shutil.rmtree(config.stash[MADE], ignore_errors=True)
 
 
 @pytest.fixture
