@@ -1,4 +1,7 @@
-"""The studies' own code: the search, the record of runs, and what docs say of it."""
+"""The studies' own code: the search and the record of runs.
+
+If it fails, the studies that the advice on settings rests on cannot be repeated.
+"""
 
 import itertools
 import json
@@ -65,6 +68,7 @@ def test_accuracy_is_better_where_higher():
 
 
 @pytest.mark.promotes
+@pytest.mark.slow
 def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     """Nothing runs twice; what is missing runs; the record says what came of it."""
     monkeypatch.setattr(runs.Runs.__init__, "__defaults__", (tmp_path,))
@@ -122,6 +126,7 @@ def test_every_optimizer_can_be_made(name):
     assert updates["w"].shape == (64, 128)
 
 
+@pytest.mark.slow
 def test_tasks_depend_on_the_seed_alone():
     task = tasks.digits()
     for seed in (0, 1):
@@ -133,6 +138,7 @@ def test_tasks_depend_on_the_seed_alone():
     assert figures["test accuracy"] < 0.4  # ten classes, nothing learnt
 
 
+@pytest.mark.slow
 def test_texts_differ():
     assert len(tasks.help_text()) > 300_000
     assert len(tasks.source_text()) > 300_000

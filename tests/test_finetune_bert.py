@@ -1,4 +1,7 @@
-"""examples/finetune_bert.py: the encoder is BERT, the data are fair, and it learns."""
+"""examples/finetune_bert.py: the encoder is BERT, the data are fair, and it learns.
+
+If it fails, the encoder that is fine-tuned is not BERT, or its data are unfair.
+"""
 
 import importlib.util
 import itertools
@@ -80,6 +83,7 @@ def run(folder, *arguments, quiet=True):
 
 
 @needs_model
+@pytest.mark.slow
 def test_the_encoder_is_hugging_face_s():
     """Hidden states, their mean and the pooler's output, to 1e-4 of the reference."""
     reference = json.loads(REFERENCE.read_text())
@@ -131,6 +135,7 @@ def test_checkpoints_of_whole_models_load_too(folder):
     [("mean", ["microadam", "adamw", "adafactor", "lion"]), ("cls", ["microadam"])],
 )
 @pytest.mark.promotes
+@pytest.mark.slow
 def test_it_learns(folder, pooling, optimizers, capsys):
     rate = ["--learning-rate", "0.02", "--steps", "60"]
     run(folder, "--optimizer", *optimizers, "--pooling", pooling, *rate)
@@ -209,6 +214,7 @@ def test_weights_that_do_not_fit(folder, change, words):
 
 
 @pytest.mark.promotes
+@pytest.mark.slow
 def test_compiling_is_said_and_takes_no_time(folder, capsys, monkeypatch):
     """The step comes compiled to the clock whose seconds the table shows."""
     lowered, clock = [], itertools.count()

@@ -1,5 +1,7 @@
 """What holds over many steps, and what the paper's theory rests on.
 
+If it fails, long runs diverge: the error grows, or what is not selected is lost.
+
 reliability/long_runs.py runs the same checks for 100,000 steps.
 """
 
@@ -41,12 +43,12 @@ def test_untouched_coordinates_and_padding_stay(setting):
 
 @given(
     arrays.arrays(np.float32, 24, elements=st.floats(-(2.0**50), 2.0**50, width=32)),
-    st.integers(1, 24),
+    st.sampled_from([1, 3, 7, 12, 24]),
 )
 @settings(max_examples=100)
 def test_selection_contracts(x, k):
     """What is left has at most ``1 - k / b`` of the square."""
-    mask = np.asarray(_topk.largest(jnp.asarray(x[None]), k))[0]
+    mask = np.asarray(jax.jit(_topk.largest, static_argnums=1)(x[None], k))[0]
     rest = np.where(mask, 0, x).astype(np.float64)
     whole = x.astype(np.float64)
     assert rest @ rest <= (1 - k / x.size) * (whole @ whole) * (1 + 1e-12)

@@ -1,5 +1,7 @@
 """What optax asks of its own optimizers, asked of MicroAdam by optax's own tests.
 
+If it fails, MicroAdam cannot stand where another optimizer of optax stands.
+
 The test files that the installed optax ships are imported as they are, with absl's
 parameterized decorators switched off, so that their test functions can be called
 with MicroAdam as the optimizer.

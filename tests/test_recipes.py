@@ -1,4 +1,7 @@
-"""Every recipe runs, learns, and keeps what it promises."""
+"""Every recipe runs, learns, and keeps what it promises.
+
+If it fails, a recipe that users copy does something else than it says.
+"""
 
 import jax
 import optax
@@ -22,17 +25,20 @@ PLAIN = [plain_jax, nnx_optimizer, linen_train_state, equinox_model, inject_hype
 
 @pytest.mark.parametrize("recipe", PLAIN, ids=lambda x: x.__name__)
 @pytest.mark.promotes
+@pytest.mark.slow
 def test_it_learns(recipe):
     assert recipe.main() > 0.93
 
 
 @pytest.mark.promotes
+@pytest.mark.slow
 def test_accumulated_gradients(capsys):
     assert multi_steps.main() > 0.88
     assert "after 150 steps" in capsys.readouterr().out
 
 
 @pytest.mark.promotes
+@pytest.mark.slow
 def test_a_bad_gradient_loses_nothing(capsys):
     accuracy, kept = apply_if_finite.main()
     assert kept
@@ -41,12 +47,14 @@ def test_a_bad_gradient_loses_nothing(capsys):
 
 
 @pytest.mark.promotes
+@pytest.mark.slow
 def test_a_break_changes_no_bit(tmp_path):
     accuracy, same = orbax_resume.main(tmp_path)
     assert same
     assert accuracy > 0.85
 
 
+@pytest.mark.slow
 def test_thin_matrices_alone_train(capsys):
     before, after = lora.main()
     assert before < 0.3
@@ -56,6 +64,7 @@ def test_thin_matrices_alone_train(capsys):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.promotes
+@pytest.mark.slow
 def test_differential_privacy():
     accuracy, epsilon = differential_privacy.main()
     assert accuracy > 0.7

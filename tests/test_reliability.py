@@ -1,4 +1,4 @@
-"""A killed training, and whether docs say what the long checks found."""
+"""A killed training goes on, and a damaged checkpoint is refused."""
 
 import json
 
@@ -8,6 +8,7 @@ import crash
 
 
 @pytest.mark.promotes
+@pytest.mark.slow
 def test_a_killed_training_goes_on_and_a_damaged_checkpoint_is_refused(tmp_path):
     output = tmp_path / "results" / "crash.json"
     assert crash.main(["--kills", "1", "--output", str(output)]) == 0

@@ -1,4 +1,7 @@
-"""Where the state of any optax chain lies, and that it stays there."""
+"""Where the state of any optax chain lies, and that it stays there.
+
+If it fails, the state of a sharded model is replicated, or moves at every step.
+"""
 
 import contextlib
 

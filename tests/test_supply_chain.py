@@ -1,4 +1,7 @@
-"""A user without a network could not train, or not try the example, if this fails."""
+"""What the package connects to.
+
+If it fails, training needs a network.
+"""
 
 import pathlib
 import subprocess
@@ -31,6 +34,7 @@ def test_no_network_when_it_runs():
 
 
 @pytest.mark.promotes
+@pytest.mark.slow
 def test_the_example_needs_no_network(tmp_path):
     script = ROOT / "examples" / "train_lm.py"
     sizes = ["--steps=2", "--width=16", "--depth=1", "--heads=1", "--length=16"]

@@ -1,4 +1,7 @@
-"""Any tree of parameters, any optax wrapper around, and checkpoints of the state."""
+"""Any tree of parameters, any optax wrapper around, and checkpoints of the state.
+
+If it fails, some model's parameters, wrapper or checkpoint do not work.
+"""
 
 import inspect
 
