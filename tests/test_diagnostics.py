@@ -18,6 +18,7 @@ from microadam_optax import diagnostics, smaller_than
 from quick import quick
 
 SHAPES = {"w": (6, 200), "odd": (13,), "b": (3, 5, 40)}
+KINDS = (AxisType.Auto, AxisType.Explicit)
 SETTINGS = {"window": 4, "density": 0.05}
 
 
@@ -188,7 +189,7 @@ def test_errors():
         diagnostics(state, updates={**updates, "odd": jnp.zeros((99,))})
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("kind", quick(KINDS, AxisType.Explicit))
 def test_on_a_mesh(kind):
     """Sharded state, gradients and updates give the figures of one device."""
     mesh = make_mesh("fsdp 4, tp 2", kind)

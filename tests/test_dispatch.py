@@ -328,6 +328,7 @@ def test_shardings_that_do_not_fit_the_blocks(shape, spec, state_spec):
     assert_equal(jax.jit(tx.update)(placed, jax.tree.map(put, state)), want)
 
 
+@pytest.mark.slow
 def test_derivatives_are_those_of_xla():
     gradient = normal(2, 256)
     state = some_steps(make(), gradient)

