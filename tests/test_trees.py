@@ -19,6 +19,7 @@ from flax.core import FrozenDict
 import microadam_optax as package
 from compressed import microadam, scale_by_microadam
 from microadam_optax import PAPER, _chunks, smaller_than
+from quick import quick
 
 SETTINGS = {
     "paper": PAPER,
@@ -71,7 +72,7 @@ TREES = {
 
 
 @pytest.mark.parametrize("tree", TREES)
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("settings", quick(SETTINGS, "window1"))
 def test_trees(tree, settings):
     """The same tree comes back, and each leaf is treated as if it were alone."""
     tx, tree = scale_by_microadam(**SETTINGS[settings]), TREES[tree]()
@@ -144,7 +145,7 @@ def test_init_of_shapes_alone(settings):
         chex.assert_trees_all_equal_shapes_and_dtypes(abstract, made)
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("settings", quick(SETTINGS, "paper"))
 @pytest.mark.parametrize("how", ["flax", "orbax"])
 def test_checkpoints_continue_to_the_bit(settings, how, tmp_path):
     tx = microadam(0.1, **SETTINGS[settings])
@@ -205,6 +206,7 @@ def test_leaves_share_their_temporaries():
     assert temporary(4) - temporary(1) < leaf.size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("shape", [(2097143,), (2 * 1048573,), (2039, 1031), (7, 299993)])
 def test_temporaries_are_those_of_pieces(shape, dtype):
