@@ -243,9 +243,9 @@ class Copy:
         if done.returncode == 0:
             return None
         said = done.stdout.splitlines()
-        names = [x.split()[1] for x in said if x.startswith(("FAILED ", "ERROR "))]
+        failed = [x for x in said if x.startswith(("FAILED ", "ERROR "))]
         assert done.returncode == 1, done.stdout + done.stderr
-        return names[0]
+        return failed[0].partition(" ")[2].partition(" - ")[0]
 
     def caught_by(self, mutation: Mutation, workers: str) -> str | None:
         file = self.root / "microadam_optax" / mutation.file
