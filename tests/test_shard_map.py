@@ -90,7 +90,8 @@ def test_init_inside(kind, shape):
 
 
 @pytest.mark.parametrize(
-    ("kind", "implementation"), [("window 1", "xla"), ("window 2", None)]
+    ("kind", "implementation"),
+    quick([("window 1", "xla"), ("window 2", None)], ("window 2", None), several=True),
 )
 def test_a_replicated_state(kind, implementation):
     tx = scale_by_microadam(**KINDS[kind], implementation=implementation)
@@ -126,6 +127,7 @@ def test_hyperparameters_of_each_device():
 
 
 @pytest.mark.promotes
+@pytest.mark.slow
 def test_types_are_those_of_adam():
     """What varies, of updates and of arrays that belong to parameters."""
     mesh = jax.make_mesh((DEVICES,), ("d",), axis_types=(AxisType.Auto,))

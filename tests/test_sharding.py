@@ -107,20 +107,24 @@ def beside_one_device(tx, leaves, context=contextlib.nullcontext, pinned=False):
     return collectives(compiled)
 
 
+ON = [
+    ("fsdp 8", "in chunks"),
+    ("tp 8", "whole"),
+    ("fsdp 2, tp 4", "in chunks"),
+    ("fsdp 4, tp 2", "whole"),
+    ("data 2, fsdp 4", "in chunks"),
+    ("data 2, fsdp 2, tp 2", "whole"),
+]
+EXPLICIT_ON = [("data 2, fsdp 2, tp 2", "in chunks"), ("fsdp 4, tp 2", "whole")]
+
+
 def test_every_case_is_on_a_mesh():
     assert {case for cases in CASES_ON.values() for case in cases} == set(CASES)
 
 
 @pytest.mark.parametrize(
     ("name", "strategy"),
-    [
-        ("fsdp 8", "in chunks"),
-        ("tp 8", "whole"),
-        ("fsdp 2, tp 4", "in chunks"),
-        ("fsdp 4, tp 2", "whole"),
-        ("data 2, fsdp 4", "in chunks"),
-        ("data 2, fsdp 2, tp 2", "whole"),
-    ],
+    quick(ON, ("fsdp 4, tp 2", "whole"), ("data 2, fsdp 4", "in chunks"), several=True),
     indirect=["strategy"],
 )
 @pytest.mark.usefixtures("strategy")
@@ -138,7 +142,7 @@ def test_settings(settings):
 
 @pytest.mark.parametrize(
     ("name", "strategy"),
-    [("data 2, fsdp 2, tp 2", "in chunks"), ("fsdp 4, tp 2", "whole")],
+    quick(EXPLICIT_ON, EXPLICIT_ON[0], several=True),
     indirect=["strategy"],
 )
 @pytest.mark.usefixtures("strategy")
