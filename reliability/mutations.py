@@ -130,7 +130,7 @@ MUTATIONS = {
         "_leaf.py",
         "leaf = leaf._replace(**fence(leaf.state._asdict()))",
         "pass",
-        "tests/test_trees.py::test_temporaries_are_those_of_pieces",
+        "tests/test_trees.py::test_a_window_in_pieces_is_copied_once",
     ),
     "error not added back": Mutation(
         "_leaf.py", "_float32(leaf.gradient) + error", "_float32(leaf.gradient)", DEFAULTS

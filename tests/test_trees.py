@@ -221,6 +221,18 @@ def test_temporaries_are_those_of_pieces(shape, dtype):
     assert compiled.memory_analysis().temp_size_in_bytes <= pieces
 
 
+@pytest.mark.slow
+def test_a_window_in_pieces_is_copied_once():
+    """16-bit arrays are, to change a part of them; no more is held than pieces."""
+    tx = scale_by_microadam(window=10, density=0.06, implementation="xla")
+    leaf = jax.ShapeDtypeStruct((33554393,), jnp.float32)
+    state = jax.eval_shape(tx.init, leaf)
+    step = jax.jit(tx.update, donate_argnums=(0, 1))
+    held = step.lower(leaf, state).compile().memory_analysis().temp_size_in_bytes
+    copied = 2 * (state.values.size + state.ranges.size)
+    assert held <= copied + 10 * 4 * _chunks.ELEMENTS
+
+
 @pytest.mark.parametrize("make", [package.microadam, package.scale_by_microadam])
 def test_defaults(make):
     """Another one would train otherwise, and refuse checkpoints that it has made."""
