@@ -49,7 +49,7 @@ MATCHED = f"{ORACLE}[xla-matched]"
 ALPHA = f"{ORACLE}[xla-alpha]"
 RANDOM = f"{ORACLE}[xla-stochastic]"
 ADAM = "tests/test_adam.py::test_density_1_within_the_window_is_adam"
-LIMIT = "tests/test_hostile.py::test_above_the_limit_only_the_sign_counts"
+LIMIT = "tests/test_cpu_kernel.py::test_hostile_numbers[float32-2]"
 DECAY = "tests/test_trees.py::test_weight_decay_and_mask"
 
 MUTATIONS = {
