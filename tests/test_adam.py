@@ -1,4 +1,7 @@
-"""Read this first: with everything selected, MicroAdam is Adam."""
+"""Read this first: with everything selected, MicroAdam is Adam.
+
+If it fails, an Adam user who turns to MicroAdam gets other updates than Adam's.
+"""
 
 import chex
 import jax

@@ -1,4 +1,7 @@
-"""Stochastic rounding of bfloat16 parameters: unbiased, to neighbours, nothing hidden."""
+"""Stochastic rounding of bfloat16 parameters: unbiased, to neighbours, nothing hidden.
+
+If it fails, parameters in bfloat16 lose small updates, or drift.
+"""
 
 import chex
 import jax

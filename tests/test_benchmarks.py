@@ -1,4 +1,7 @@
-"""The benchmarks run, and their account of bytes is right; nothing is timed here."""
+"""The benchmarks run, and their account of bytes is right; nothing is timed here.
+
+If it fails, the bytes of state that README promises are wrong.
+"""
 
 import jax
 import numpy as np
@@ -30,12 +33,14 @@ def test_formula_is_the_state_where_blocks_are_filled():
 
 @pytest.mark.parametrize("apply", [False, True])
 @pytest.mark.promotes
+@pytest.mark.slow
 def test_step_time_runs(apply):
     row = step_time.compare([(64, 64)], common.SETTINGS["(2, 6 %)"], apply, steps=1)
     assert row["parameters"] == 64 * 64
     assert np.isfinite(row["ratio"])  # on so few elements nothing else is certain
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_70b_model():
     plan = sharding.plan_70b()
     assert plan["parameters"] == 68_976_648_192
@@ -49,6 +54,7 @@ def test_the_plan_of_a_70b_model():
 
 
 @pytest.mark.promotes
+@pytest.mark.slow
 def test_what_each_optimizer_sends():
     mesh = sharding.meshes.make_mesh("tp 8")
     at = sharding.NamedSharding(mesh, sharding.P(None, "tp"))
@@ -60,12 +66,14 @@ def test_what_each_optimizer_sends():
     assert found["AdamW"]["state_bytes"] == 8 * 32 * 4096 / 8 + 4
 
 
+@pytest.mark.slow
 def test_the_check_of_a_gpu_finds_no_difference_here():
     found = gpu.check(*kernel_cases.CASES["window 2"], steps=3)
     assert found["passed"]
     assert found["codes"] == found["other_state"] == 0
 
 
+@pytest.mark.slow
 def test_the_check_of_a_gpu_can_fail(monkeypatch):
     monkeypatch.setattr(gpu, "kernel_here", lambda: "xla")
     cases = {"density": 0.05}
@@ -83,6 +91,7 @@ def test_the_check_of_a_gpu_can_fail(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:Some donated buffers")  # gradients, in no output
+@pytest.mark.slow
 def test_a_measurement_on_a_gpu_counts_what_must_move():
     params = [jax.numpy.ones((64, 64))]
     tx = gpu.peers(small=True)["MicroAdam (2, 6 %), kernel"]

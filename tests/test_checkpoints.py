@@ -1,4 +1,7 @@
-"""Checkpoints with Orbax: from any mesh to any other, and not for other arguments."""
+"""Checkpoints with Orbax: from any mesh to any other, and not for other arguments.
+
+If it fails, a run cannot go on from its checkpoint, or goes on wrongly.
+"""
 
 import jax
 import jax.numpy as jnp

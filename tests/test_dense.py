@@ -1,4 +1,7 @@
-"""`dense`: some leaves keep Adam's moments, the others are compressed."""
+"""`dense`: some leaves keep Adam's moments, the others are compressed.
+
+If it fails, biases and norms are not updated as Adam would.
+"""
 
 import functools
 

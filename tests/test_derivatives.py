@@ -1,4 +1,7 @@
-"""Derivatives through an update: what is selected does not change, codes have none."""
+"""Derivatives through an update: what is selected does not change, codes have none.
+
+If it fails, whoever differentiates through an update gets wrong gradients.
+"""
 
 import functools
 
@@ -9,6 +12,7 @@ import optax
 import pytest
 
 from compressed import microadam, scale_by_microadam
+from quick import quick
 
 WHOLE, CHUNKED = (40, 256), (512, 1024)
 NUMBERS = {"b1": 0.8, "b2": 0.9, "eps": 1e-3, "eps_root": 0.05}
@@ -87,7 +91,7 @@ def expected(state, gradient, after, updates):
 
 
 @pytest.mark.promotes
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", quick(WAYS, "window 2"))
 def test_of_what_is_selected(way):
     """Forwards and backwards, by the gradient and by the numbers."""
     shape, dtype, window = WAYS[way]
@@ -129,6 +133,7 @@ def test_of_what_is_selected(way):
 
 
 @pytest.mark.promotes
+@pytest.mark.slow
 def test_all_selected_is_adam():
     """Through several steps, by every gradient and by the numbers."""
     steps = 4
@@ -170,6 +175,7 @@ def test_at_zero(density):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.slow
 def test_decays_of_zero(steps):
     """Whose logarithm has no derivative."""
     gradients = [jnp.round(8 * random((3, 64), seed=i)) + 0.5 for i in range(steps)]
@@ -188,6 +194,7 @@ def test_decays_of_zero(steps):
     np.testing.assert_allclose(got, want, rtol=2.0**-18, atol=2.0**-18)
 
 
+@pytest.mark.slow
 def test_learning_rate():
     """Through steps in a scan: what was moved at a learning rate of 1."""
     gradients = jnp.stack([random((8, 64), seed=i) for i in range(5)])

@@ -1,4 +1,7 @@
-"""Who computes a leaf, and that every transformation of JAX leaves it as it is."""
+"""Who computes a leaf, and that every transformation of JAX leaves it as it is.
+
+If it fails, an update fails or changes under vmap, scan, a mesh or an export.
+"""
 
 import concurrent.futures
 import functools
@@ -16,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from compressed import scale_by_microadam
 from meshes import collectives, make_mesh
 from microadam_optax import _dispatch, _kernels, microadam, state_shardings
+from quick import quick
 
 KERNEL = "microadam_float32"  # what XLA calls
 NAMES = (None, "numba")
@@ -117,6 +121,7 @@ def without(module, program):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_without_numba_xla_computes_silently():
     printed = without(
         "numba",
@@ -135,6 +140,7 @@ except NotImplementedError as error:
     assert "microadam-optax[cpu]" in printed
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_before_it_is_wanted():
     program = """
 import sys
@@ -165,7 +171,7 @@ def test_nothing_is_traced_that_is_not_used(monkeypatch):
     tx.update(leaf, tx.init(leaf))
 
 
-@pytest.mark.parametrize("implementation", [*NAMES, *INTERPRETED])
+@pytest.mark.parametrize("implementation", quick([*NAMES, *INTERPRETED], *NAMES))
 def test_vmap_equals_the_loop(implementation):
     tx, gradients = make(implementation), normal(3, 2, 256)
     states = [some_steps(tx, g, number) for number, g in enumerate(gradients)]
@@ -186,7 +192,7 @@ def by_xla(f, *args):
     return lambda *args: jax.tree.unflatten(tree, exported.call(*args))
 
 
-@pytest.mark.parametrize("outer", ["counts", "gradients"])
+@pytest.mark.parametrize("outer", quick(["counts", "gradients"], "counts"))
 def test_vmap_of_vmap_equals_the_loops(outer):
     tx = make()
     state = some_steps(tx, normal(2, 256))
@@ -207,7 +213,7 @@ def test_vmap_of_vmap_equals_the_loops(outer):
         assert_equal(got, stack([stack(row) for row in want]))
 
 
-@pytest.mark.parametrize("implementation", [None, "interpret_gpu"])
+@pytest.mark.parametrize("implementation", quick([None, "interpret_gpu"], None))
 def test_vmap_over_a_mesh_sends_nothing(implementation):
     tx, gradients = make(implementation), normal(4, 2, 256)
     states = stack([some_steps(tx, g, i) for i, g in enumerate(gradients)])
@@ -322,6 +328,7 @@ def test_shardings_that_do_not_fit_the_blocks(shape, spec, state_spec):
     assert_equal(jax.jit(tx.update)(placed, jax.tree.map(put, state)), want)
 
 
+@pytest.mark.slow
 def test_derivatives_are_those_of_xla():
     gradient = normal(2, 256)
     state = some_steps(make(), gradient)

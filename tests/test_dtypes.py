@@ -1,4 +1,7 @@
-"""Gradients and parameters of different dtypes: updates have that of optax.adam's."""
+"""Gradients and parameters of different dtypes: updates have that of optax.adam's.
+
+If it fails, mixed precision breaks: updates come in another dtype than from optax.adam.
+"""
 
 import chex
 import jax

@@ -1,4 +1,7 @@
-"""Bad input: one sentence, before anything is computed, and no state is changed."""
+"""Bad input: one sentence, before anything is computed, and no state is changed.
+
+If it fails, a mistake in arguments or trees trains wrongly instead of being named.
+"""
 
 import re
 

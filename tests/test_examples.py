@@ -1,4 +1,7 @@
-"""The main job, from its command line: what it prints, writes and refuses."""
+"""The main job, from its command line: what it prints, writes and refuses.
+
+If it fails, the command line of the main example does not say what is wrong.
+"""
 
 import itertools
 import re
@@ -38,6 +41,7 @@ def fake_clock(monkeypatch):
 
 @pytest.mark.parametrize("optimizer", ["microadam", "adamw"])
 @pytest.mark.promotes
+@pytest.mark.slow
 def test_it_trains_on_files_and_draws(optimizer, tmp_path, capsys, monkeypatch):
     speeds = fake_clock(monkeypatch)
     text = tmp_path / "text.txt"
@@ -58,6 +62,7 @@ def test_it_trains_on_files_and_draws(optimizer, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.promotes
+@pytest.mark.slow
 def test_diagnostics_are_drawn(tmp_path, capsys):
     plot = run(tmp_path, "--log-diagnostics", "--window", "3", "--quiet")
     assert plot.with_stem("loss_health").read_bytes().startswith(b"\x89PNG")
@@ -67,6 +72,7 @@ def test_diagnostics_are_drawn(tmp_path, capsys):
 
 
 @pytest.mark.promotes
+@pytest.mark.slow
 def test_it_learns():
     """Beats the unigram model on text with structure."""
     text = np.frombuffer(b"abcdefgh" * 400, np.uint8)
@@ -135,6 +141,7 @@ def test_a_file_that_is_there_is_only_tried(tmp_path):
 
 
 @pytest.mark.promotes
+@pytest.mark.slow
 def test_pure_bfloat16(capsys):
     sizes = {"steps": 40, "batch": 4, "length": 16, "width": 64, "depth": 1}
     arguments = [f"--{name}={size}" for name, size in sizes.items()]

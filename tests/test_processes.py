@@ -1,13 +1,14 @@
 """Training in several processes: the same losses, and a killed one changes nothing."""
 
+import functools
 import itertools
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 
 import numpy as np
@@ -18,26 +19,51 @@ SIZES = {"batch": 8, "length": 32, "width": 64, "depth": 1, "heads": 2}
 STEPS = 20
 EVERY = 4
 PATIENCE = 600  # seconds for a run, after which it counts as hanging
-CACHED = os.environ | {
-    "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-}
+TRIES = 3  # of a test, where a process comes too late for another
+LATE = re.compile(r"Gloo .*failed|DEADLINE_EXCEEDED")  # by half a minute
 
 
 def start(*arguments):
     sizes = (f"--{name}={size}" for name, size in SIZES.items())
     command = [sys.executable, str(SCRIPT), *sizes, *map(str, arguments)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=CACHED
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, text=True, **pipes)
+
+
+class TooLateError(Exception):
+    """The machine is so busy that Gloo has given up."""
+
+
+def patient(test):
+    """Tries again where Gloo has given up, in a folder of its own."""
+
+    @functools.wraps(test)
+    def tried(tmp_path, **arguments):
+        for number in range(TRIES):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            try:
+                return test(tmp_path=folder, **arguments)
+            except TooLateError:
+                continue
+        return pytest.skip(f"{TRIES} times a process came too late for another")
+
+    return tried
+
+
+def output(process, status=0):
+    """What a process has said that ended as it should."""
+    out, _ = process.communicate(timeout=PATIENCE)
+    if process.returncode != status and LATE.search(out):
+        raise TooLateError(out)
+    assert process.returncode == status, out
+    return out
 
 
 def run(folder, *arguments):
     """The loss at each step; nothing is said but the last one."""
     curve = folder / "curve.json"
-    process = start("--quiet", "--curve", curve, *arguments)
-    out, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, out
+    out = output(start("--quiet", "--curve", curve, *arguments))
     losses = dict(json.loads(curve.read_text())["loss"])
     last = max(losses)
     assert out == f"loss {losses[last]:.4f} at step {last}\n"
@@ -51,14 +77,16 @@ def children(process):
 
 def kill_one_after_the_second_checkpoint(process, folder):
     while not (folder / str(2 * EVERY)).exists():
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, output(process)
         time.sleep(0.02)
     os.kill(children(process)[1], signal.SIGKILL)
-    return process.communicate(timeout=PATIENCE)[0]
+    return output(process, status=1)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.promotes
+@pytest.mark.slow
+@patient
 def test_fsdp_killed_and_restarted(tmp_path):
     """The restart goes on from the checkpoint with the losses of an unbroken run."""
     unbroken = run(tmp_path, "--steps", STEPS)
@@ -69,16 +97,13 @@ def test_fsdp_killed_and_restarted(tmp_path):
     same = ("--steps", STEPS, "--checkpoints", folder, "--save-every", EVERY)
     broken = start(*same)
     out = kill_one_after_the_second_checkpoint(broken, folder)
-    assert broken.returncode == 1
     assert "process 1 ended with SIGKILL" in out
     rest = run(tmp_path, *same)
     assert 2 * EVERY < min(rest) <= STEPS
     assert min(rest) % EVERY == 1
     assert rest == {step: unbroken[step] for step in rest}
 
-    refused = start(*same, "--window", 4)
-    out, _ = refused.communicate(timeout=PATIENCE)
-    assert refused.returncode == 2
+    out = output(start(*same, "--window", 4), status=2)
     assert "was made with `window` 2, but this transformation has `window` 4" in out
 
     # Eight devices in one process add the gradients up in another order than the two
@@ -91,17 +116,18 @@ def test_fsdp_killed_and_restarted(tmp_path):
         list(alone.values()), list(unbroken.values()), rtol=tolerance
     )
     # The last step is saved whatever divides it, and the same command has no more to do.
-    out, _ = start(*once).communicate(timeout=PATIENCE)
+    out = output(start(*once))
     assert out == f"already at step {STEPS} of {STEPS}; nothing to do\n"
     # With more to do it says what takes its time, and how far it is.
-    more = start("--steps", STEPS + 1, *once[2:])
-    out, _ = more.communicate(timeout=PATIENCE)
+    out = output(start("--steps", STEPS + 1, *once[2:]))
     assert f"from step {STEPS}\ncompiling the training step ... " in out
     assert f"{STEPS + 1}/{STEPS + 1}" in out
 
 
 @pytest.mark.parametrize("parallel", ["data", "zero"])
 @pytest.mark.promotes
+@pytest.mark.slow
+@patient
 def test_two_devices_in_two_processes_or_in_one(parallel, tmp_path):
     """The sum of two gradients has no order, so here the losses are equal."""
     shared = ("--steps", 10, "--parallel", parallel, "--window", 1)
@@ -127,8 +153,7 @@ def test_two_devices_in_two_processes_or_in_one(parallel, tmp_path):
         ),
     ],
 )
+@pytest.mark.slow
 def test_errors_are_one_line(arguments, message):
-    refused = start(*arguments)
-    out, _ = refused.communicate(timeout=PATIENCE)
-    assert refused.returncode == 2
+    out = output(start(*arguments), status=2)
     assert out == f"train_sharded.py: error: {message}\n"

@@ -1,4 +1,7 @@
-"""Updates inside `jax.shard_map`: each device its own, as optax.adam does."""
+"""Updates inside `jax.shard_map`: each device its own, as optax.adam does.
+
+If it fails, training inside `jax.shard_map` fails, or devices disagree.
+"""
 
 import functools
 
@@ -11,6 +14,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from compressed import scale_by_microadam
+from quick import quick
 
 DEVICES, STEPS = 2, 2
 WHOLE, CHUNKED = (40, 64), (512, 1024)
@@ -19,6 +23,9 @@ KINDS = {
     "window 2": {"window": 2, "density": 0.06},
     "random": {"alpha": 0.1, "stochastic_rounding": True},
 }
+
+
+INSIDE = [*((kind, CHUNKED) for kind in KINDS), ("window 2", WHOLE)]
 
 
 def tree(own, shared):
@@ -67,9 +74,7 @@ def check(tx, f, specs, arguments, own, shared):
                 np.testing.assert_array_equal(x, want[name])
 
 
-@pytest.mark.parametrize(
-    ("kind", "shape"), [*((kind, CHUNKED) for kind in KINDS), ("window 2", WHOLE)]
-)
+@pytest.mark.parametrize(("kind", "shape"), quick(INSIDE, INSIDE[-1], several=True))
 def test_init_inside(kind, shape):
     """The state's arrays vary as the parameters do, so that it can be carried."""
     tx = scale_by_microadam(**KINDS[kind], implementation="xla")
@@ -85,7 +90,8 @@ def test_init_inside(kind, shape):
 
 
 @pytest.mark.parametrize(
-    ("kind", "implementation"), [("window 1", "xla"), ("window 2", None)]
+    ("kind", "implementation"),
+    quick([("window 1", "xla"), ("window 2", None)], ("window 2", None), several=True),
 )
 def test_a_replicated_state(kind, implementation):
     tx = scale_by_microadam(**KINDS[kind], implementation=implementation)
@@ -121,6 +127,7 @@ def test_hyperparameters_of_each_device():
 
 
 @pytest.mark.promotes
+@pytest.mark.slow
 def test_types_are_those_of_adam():
     """What varies, of updates and of arrays that belong to parameters."""
     mesh = jax.make_mesh((DEVICES,), ("d",), axis_types=(AxisType.Auto,))

@@ -1,4 +1,7 @@
-"""Where the state of any optax chain lies, and that it stays there."""
+"""Where the state of any optax chain lies, and that it stays there.
+
+If it fails, the state of a sharded model is replicated, or moves at every step.
+"""
 
 import contextlib
 
@@ -19,6 +22,7 @@ from microadam_optax import (
     state_shardings,
     static_args,
 )
+from quick import quick
 
 SPECS = {"w": P("fsdp", "tp"), "b": P("tp"), "tiny": P("fsdp"), "scalar": P()}
 SHAPES = {"w": (16, 512), "b": (1024,), "tiny": (8,), "scalar": ()}
@@ -53,6 +57,9 @@ CHAINS = {
 }
 
 
+QUICK = ("alone", "window 1", "accumulated", "masked", "dense where small")
+
+
 @pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def mesh(request):
     return make_mesh("fsdp 4, tp 2", request.param)
@@ -78,7 +85,7 @@ def nodes(state):
 
 
 @pytest.mark.promotes
-@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("chain", quick(CHAINS, *QUICK))
 def test_any_chain(chain, params, mesh):
     """They are valid for any chain, cut what can be cut, and an update keeps them."""
     if mesh.axis_types[0] == AxisType.Auto:

@@ -1,0 +1,139 @@
+"""What source and docs say, beside each other: the part of CI that runs nothing.
+
+python -m pytest reliability/checks.py
+"""
+
+import ast
+import importlib.metadata
+import pathlib
+import sys
+
+import pytest
+
+import methods
+import microadam_optax
+import report
+import report_reliability
+import study
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+RUNTIME = {"jax", "optax"}
+WITH_JAX = {"numpy"}  # jax itself requires it
+OPTIONAL = {  # the extras `planner` and `cpu`, and the files that may want them
+    "rich": {"_planner.py"},
+    "numba": {"cpu.py", "cpu_block.py", "cpu_call.py", "cpu_llvm.py"},
+    "llvmlite": {"cpu_call.py", "cpu_llvm.py"},  # numba requires it
+}
+UNSAFE = {
+    "pickle",
+    "cPickle",
+    "cloudpickle",
+    "dill",
+    "joblib",
+    "marshal",
+    "shelve",
+    "torch",
+}
+HELPERS = {  # of the examples; they are no examples themselves
+    "bert",
+    "command_line",
+    "docstrings",
+    "language_model",
+    "text_data",
+    "digits",
+}
+
+
+def sources(folder):
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def imported(file):
+    """Top-level names of all modules that a file imports, also inside of functions."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.split(".")[0]
+
+
+def section(page, name):
+    """What a script has written into a page."""
+    inside = page.read_text().split(f"<!-- {name} -->\n")[1]
+    return inside.split(f"\n<!-- end {name} -->")[0]
+
+
+def test_the_package_requires_jax_and_optax_alone():
+    required = importlib.metadata.requires("microadam-optax")
+    always = [x for x in required if "extra ==" not in x]
+    assert sorted(always) == ["jax>=0.10.2", "optax>=0.2.8"]  # what CI's oldest run has
+
+
+def test_the_package_imports_nothing_else():
+    for file in sources("microadam_optax"):
+        for name in imported(file):
+            known = name in sys.stdlib_module_names | RUNTIME | WITH_JAX
+            optional = file.name in OPTIONAL.get(name, ())
+            assert known or optional or name == "microadam_optax", (file, name)
+
+
+@pytest.mark.parametrize("folder", ["microadam_optax", "examples"])
+def test_nothing_loads_pickles(folder):
+    for file in sources(folder):
+        assert not UNSAFE & set(imported(file)), file
+        assert "allow_pickle" not in file.read_text(), file
+
+
+def test_every_public_name_is_documented():
+    page = (DOCS / "api.md").read_text()
+    for name in dir(microadam_optax):
+        if not name.startswith("_"):
+            assert f":: microadam_optax.{name}\n" in page
+            data = name in ("PAPER", "STATIC_ARGS")
+            assert data or getattr(microadam_optax, name).__doc__
+
+
+def test_every_example_is_listed():
+    text = (ROOT / "examples" / "README.md").read_text()
+    for file in sources("examples"):
+        command = f"`python examples/{file.relative_to(ROOT / 'examples')}"
+        assert (command in text) != (file.stem in HELPERS), file
+
+
+@pytest.mark.parametrize("page", [DOCS / "convergence.md", ROOT / "README.md"])
+def test_the_summary_is_that_of_the_results(page):
+    assert section(page, "quality") == report.quality_section()
+
+
+def lengths():
+    for name, one in study.STUDIES.items():
+        yield from ((name, steps) for steps in (one.steps, one.long) if steps)
+
+
+@pytest.mark.parametrize(("name", "steps"), list(lengths()))
+def test_docs_have_the_tables_of_the_results(name, steps):
+    """What `report.py` would write stands there, each in its own section."""
+    windows = name == "language_windows"
+    text = section(DOCS / "convergence.md", "language windows" if windows else name)
+    shown = list(methods.WINDOWS if windows else methods.MAIN)
+    found = report.outcomes(name, steps, shown)
+    reference = report.adam_of(report.outcomes(name, steps, ["Adam"]))
+    if windows and reference and found:
+        found = [reference, *found]
+    if found:
+        assert report.table(found, reference) in text
+    elif steps == study.STUDIES[name].steps:
+        assert text.strip() == "Not run yet."
+    else:
+        assert f"{steps:,} steps" not in text
+
+
+@pytest.mark.parametrize("name", report_reliability.SECTIONS)
+def test_docs_have_what_the_long_checks_found(name, tmp_path, monkeypatch):
+    picture = tmp_path / pathlib.Path(report_reliability.PICTURE).name
+    monkeypatch.setattr(report_reliability, "PICTURE", picture)
+    file, write = report_reliability.SECTIONS[name]
+    found = report_reliability.load(file)
+    expected = write(found) if found else "Not run yet."
+    assert section(report_reliability.PAGE, name) == expected

@@ -1,0 +1,281 @@
+"""Small errors put into a copy of the package: does a test fail for each of them?
+
+python reliability/mutations.py                      # all of them, half an hour
+python reliability/mutations.py --only "error not added back"
+
+The tests that are most likely to catch an error run first. Where they pass, the whole
+suite runs until one fails. What survives that is an error a user could get unnoticed.
+"""
+
+import argparse
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+ROOT = pathlib.Path(__file__).parents[1]
+IGNORED = shutil.ignore_patterns(".git", ".venv", "__pycache__", "_build", "results")
+
+
+class Mutation(NamedTuple):
+    """A text of a file in the package, what stands there instead, and who may see it."""
+
+    file: str
+    old: str
+    new: str
+    tests: str  # an argument of pytest
+    which: int = 0  # of the places where it stands
+    also: tuple[str, str] | None = None  # another text, and what stands there instead
+
+    def applied(self, text: str) -> str:
+        pairs = [(self.old, self.new)] + ([self.also] if self.also else [])
+        for old, new in pairs:
+            parts = text.split(old)
+            assert len(parts) > self.which + 1, old
+            before, after = parts[: self.which + 1], parts[self.which + 1 :]
+            text = old.join(before) + new + old.join(after)
+        return text
+
+
+ORACLE = "tests/test_oracle.py::test_options"
+DEFAULTS = f"{ORACLE}[xla-defaults]"
+WINDOW_3 = f"{ORACLE}[xla-window 3]"
+MATCHED = f"{ORACLE}[xla-matched]"
+ALPHA = f"{ORACLE}[xla-alpha]"
+RANDOM = f"{ORACLE}[xla-stochastic]"
+ADAM = "tests/test_adam.py::test_density_1_within_the_window_is_adam"
+LIMIT = "tests/test_cpu_kernel.py::test_hostile_numbers[float32-2]"
+DECAY = "tests/test_trees.py::test_weight_decay_and_mask"
+
+MUTATIONS = {
+    "products not rounded before they are added": Mutation(
+        "_moments.py",
+        "return reduced(product, 22)",
+        "return product",
+        "tests/test_cpu_kernel.py::test_random_leaves",
+    ),
+    "selected values not rounded to bfloat16": Mutation(
+        "_leaf.py", "_moments.reduced(accumulated, 7)", "accumulated", WINDOW_3
+    ),
+    "quantization step not rounded": Mutation(
+        "_quantize.py",
+        "lax.reduce_precision((high - low) * jnp.float32(ABOVE / steps), 8, 7)",
+        "(high - low) * jnp.float32(ABOVE / steps)",
+        DEFAULTS,
+    ),
+    "quantization range without zero": Mutation(
+        "_quantize.py",
+        "high = jnp.maximum(most(jnp.int32), 0)",
+        "high = most(jnp.int32)",
+        "tests/test_parts.py::test_quantizing_errs_by_half_a_step",
+    ),
+    "codes packed in the other order": Mutation(
+        "_quantize.py",
+        "packed |= codes[..., part * width : (part + 1) * width] << (bits * part)",
+        "packed = packed << bits | codes[..., part * width : (part + 1) * width]",
+        DEFAULTS,
+    ),
+    "codes packed and unpacked in the other order": Mutation(
+        "_quantize.py",
+        "    packed = codes[..., :width]\n",
+        "    order = range(width * 8 // bits - 1, -1, -1)\n"
+        "    codes = codes[..., jnp.array(order)]\n"
+        "    packed = codes[..., :width]\n",
+        DEFAULTS,
+        also=("concatenate(parts, axis=-1)", "concatenate(parts, axis=-1)[..., ::-1]"),
+    ),
+    "another default density of scale_by_microadam": Mutation(
+        "_microadam.py", "density: float = 0.06", "density: float = 0.05", DEFAULTS
+    ),
+    "another default density of microadam": Mutation(
+        "_microadam.py",
+        "density: float = 0.06",
+        "density: float = 0.05",
+        "tests/test_trees.py::test_defaults",
+        which=1,
+    ),
+    "initial indices all zero": Mutation(
+        "_state.py",
+        "array(of.indices, dtype) + slots",
+        "array(of.indices, dtype) + 0 * slots",
+        "tests/test_invariants.py::test_no_position_stands_twice_in_a_slot",
+    ),
+    "ages one too high": Mutation(
+        "_window.py",
+        "jnp.arange(slots, 0, -1, ",
+        "jnp.arange(slots + 1, 1, -1, ",
+        WINDOW_3,
+    ),
+    "the newest slot overwritten": Mutation(
+        "_window.py", "jnp.argmax(ages)", "jnp.argmin(ages)", WINDOW_3
+    ),
+    "ties to the highest index": Mutation(
+        "_topk.py",
+        "backwards = size - 1 - lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)",
+        "backwards = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)",
+        "tests/test_parts.py::test_selection_is_that_of_top_k[3-96-ties]",
+    ),
+    "the token between leaves in chunks dropped": Mutation(
+        "_chunks.py",
+        "return bits | (after < 0).astype(bits.dtype) if bits.dtype != x.dtype else bits",
+        "return bits",
+        "tests/test_trees.py::test_leaves_share_their_temporaries",
+    ),
+    "a fence in chunks dropped": Mutation(
+        "_leaf.py",
+        "leaf = leaf._replace(**fence(leaf.state._asdict()))",
+        "pass",
+        "tests/test_trees.py::test_a_window_in_pieces_is_copied_once",
+    ),
+    "error not added back": Mutation(
+        "_leaf.py", "_float32(leaf.gradient) + error", "_float32(leaf.gradient)", DEFAULTS
+    ),
+    "selected entries stay in the error": Mutation(
+        "_leaf.py",
+        "rest = jnp.where(selected, 0, lax.stop_gradient(accumulated))",
+        "rest = lax.stop_gradient(accumulated)",
+        DEFAULTS,
+    ),
+    "padding counted in the share of match_adam": Mutation(
+        "_blocks.py",
+        "return (filled * min(k, self.block) + min(k, rest)) / self.cell",
+        "return min(k, self.block) / self.block",
+        "tests/test_match_adam.py::test_the_share_counts_no_padding",
+    ),
+    "eps inside the root": Mutation(
+        "_moments.py",
+        "    return mu / (jnp.sqrt(nu) + eps)\n",
+        "    return mu / jnp.sqrt(nu + eps)\n",
+        f"{ORACLE}[xla-decays]",
+    ),
+    "eps_root outside the root": Mutation(
+        "_leaf.py",
+        "nu = (nu + _moments.before(step.eps_root, step.debias_nu)) * step.debias_nu\n"
+        "    update = _moments.ratio(mu, nu, step.eps)",
+        "nu = nu * step.debias_nu\n"
+        "    update = _moments.ratio(mu, nu, step.eps + step.eps_root)",
+        f"{ORACLE}[xla-eps_root]",
+    ),
+    "bias correction with t - 1": Mutation(
+        "_leaf.py",
+        "both = _moments.debias(b1, count), _moments.debias(b2, count)",
+        "last = jnp.maximum(count - 1, 1)\n"
+        "        both = _moments.debias(b1, last), _moments.debias(b2, last)",
+        DEFAULTS,
+    ),
+    "b1 in the place of b2": Mutation(
+        "_leaf.py",
+        "both = _moments.debias(b1, count), _moments.debias(b2, count)",
+        "both = _moments.debias(b1, count), _moments.debias(b1, count)",
+        DEFAULTS,
+    ),
+    "match_adam by another power of the share": Mutation(
+        "_moments.py", "EXPONENT = 0.75", "EXPONENT = 0.5", MATCHED
+    ),
+    "alpha ignored": Mutation("_leaf.py", "    if alpha:\n", "    if False:\n", ALPHA),
+    "key not advanced under stochastic rounding": Mutation(
+        "_microadam.py", "jax.random.fold_in(key, state.count)", "key", RANDOM
+    ),
+    "one key for all leaves": Mutation(
+        "_leaf.py",
+        "return step._replace(key=jax.random.fold_in(step.key, number))",
+        "return step",
+        RANDOM,
+    ),
+    "weight decay with the wrong sign": Mutation(
+        "_microadam.py",
+        "optax.add_decayed_weights(weight_decay, mask)",
+        "optax.add_decayed_weights(-weight_decay, mask)",
+        DECAY,
+    ),
+    "mask of weight decay ignored": Mutation(
+        "_microadam.py",
+        "optax.add_decayed_weights(weight_decay, mask)",
+        "optax.add_decayed_weights(weight_decay)",
+        DECAY,
+    ),
+    "a leaf of exactly the size is dense": Mutation(
+        "_dense.py",
+        "math.prod(np.shape(leaf)) < self.size",
+        "math.prod(np.shape(leaf)) <= self.size",
+        "tests/test_dense.py::test_by_default_small_leaves_are_dense",
+    ),
+    "bfloat16 parameters rounded without noise": Mutation(
+        "_apply.py",
+        ".astype(jnp.uint32)\n    bits = lax",
+        ".astype(jnp.uint32) // 65536 + 32768\n    bits = lax",
+        "tests/test_apply.py::test_unbiased",
+    ),
+    "large gradients not limited": Mutation(
+        "_moments.py", "jnp.clip(x, -largest, largest)", "x", LIMIT
+    ),
+}
+
+
+class Copy:
+    """The project in a folder of its own, where the package can be changed."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.root = folder / "project"
+        shutil.copytree(ROOT, self.root, ignore=IGNORED)
+        self.env = os.environ | {"PYTHONPATH": str(self.root)}
+        command = [sys.executable, "-c", "import microadam_optax as m; print(m.__file__)"]
+        found = subprocess.run(
+            command, cwd=self.root, env=self.env, capture_output=True, text=True
+        )
+        assert found.stdout.startswith(str(self.root)), found
+
+    def failing(self, *arguments: str) -> str | None:
+        """The first test that fails; None if all pass. Tests are needed to say so."""
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "", *arguments]
+        done = subprocess.run(
+            [*command, "-p", "no:cacheprovider", "--tb=line"],
+            cwd=self.root,
+            env=self.env,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode == 0:
+            return None
+        said = done.stdout.splitlines()
+        failed = [x for x in said if x.startswith(("FAILED ", "ERROR "))]
+        assert done.returncode == 1, done.stdout + done.stderr
+        return failed[0].partition(" ")[2].partition(" - ")[0]
+
+    def caught_by(self, mutation: Mutation, workers: str) -> str | None:
+        file = self.root / "microadam_optax" / mutation.file
+        text = file.read_text()
+        file.write_text(mutation.applied(text))
+        try:
+            found = self.failing(mutation.tests)
+            return found or self.failing("-n", workers)
+        finally:
+            file.write_text(text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=list(MUTATIONS), metavar="ERROR")
+    parser.add_argument("--workers", default="auto", help="of pytest-xdist")
+    args = parser.parse_args(arguments)
+    chosen = args.only or list(MUTATIONS)
+    survived = 0
+    with tempfile.TemporaryDirectory() as name:
+        copy = Copy(pathlib.Path(name))
+        likely = {MUTATIONS[each].tests for each in chosen}
+        assert copy.failing(*sorted(likely)) is None, "the tests fail without an error"
+        print("| error | seen by |\n| --- | --- |", flush=True)
+        for error in tqdm(chosen):
+            found = copy.caught_by(MUTATIONS[error], args.workers)
+            survived += found is None
+            tqdm.write(f"| {error} | {found or '**nothing**'} |")
+    return int(survived > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
