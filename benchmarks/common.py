@@ -3,6 +3,7 @@
 import json
 import pathlib
 import platform
+import shlex
 import sys
 
 import jax
@@ -34,7 +35,7 @@ def machine() -> dict[str, str]:
         "jax": jax.__version__,
         "optax": optax.__version__,
         "python": platform.python_version(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
     }
 
 

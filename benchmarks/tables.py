@@ -122,6 +122,11 @@ float32 array took {step["copy_ns_an_element"]:.2f} ns an element in the same ru
 
 {measured_on(step)}.
 
+Where the time of the CPU kernel goes, in nanoseconds a parameter of one core that has the
+data in its caches (decay, rate and `apply_updates` come on top, one pass over memory):
+
+{parts_table(load("cpu_parts"))}
+
 Without numba:
 
 {step_table(step_xla)}
@@ -191,6 +196,28 @@ def short_peak_table(results: dict) -> str:
     dtypes = ["float32", "bfloat16"]
     header = ["", *(f"{x} parameters" for x in dtypes)]
     return table(header, [[n, *map(peaks.get, dtypes)] for n, peaks in found.items()])
+
+
+PARTS = {  # of the CPU kernel, by the lines of its block
+    "gradient and error": ("accumulate",),
+    "selection": ("select",),
+    "entries and moments": ("take", "add_newest", "add_older", "write_slot"),
+    "update": ("update_entries", "update_selected"),
+    "quantization": ("measure", "quantize"),
+    "writing": ("write", "clear"),
+}
+
+
+def parts_table(results: dict) -> str:
+    """Nanoseconds a parameter of the CPU kernel's parts, on one core."""
+    header = ["(window, density)", "blocks", *PARTS, "all"]
+    rows = [
+        [row["setting"], str(row["block"])]
+        + [f"{sum(row['lines'].get(x, 0) for x in of):.2f}" for of in PARTS.values()]
+        + [f"{row['total']:.2f}"]
+        for row in results["rows"]
+    ]
+    return f"{table(header, rows)}\n\n{measured_on(results)}."
 
 
 def gpu_peak_table(results: dict, dtype: str = "bfloat16") -> str:
@@ -362,7 +389,8 @@ def gpu_code_table(results: dict) -> str:
     issued = 1e9 / first["block"] * instructions / (CORES * ISSUED * CLOCK)
     return (
         f"{table(header, rows)}\n\n{compiled_on(results)}.\n\n"
-        f"Without the kernel XLA holds {min(held):.1f} to {max(held):.1f} times the "
+        "Without the kernel, and with a leaf in one piece, XLA holds "
+        f"{min(held):.1f} to {max(held):.1f} times the "
         "bytes of a bfloat16 leaf in temporary memory. By arithmetic alone, "
         f"{CORES} multiprocessors that issue {ISSUED} instructions in each of "
         f"{CLOCK / 1e9:.2f}e9 cycles a second need {issued * 1e3:.1f} ms for 1e9 "
