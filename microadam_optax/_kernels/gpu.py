@@ -65,7 +65,7 @@ def unavailable() -> str | None:
         devices = jax.local_devices(backend="cuda")
     except RuntimeError:  # the program is for another machine
         return None
-    found = min(float(device.compute_capability) for device in devices)
+    found = min(float(device.compute_capability) for device in devices)  # "9.0"
     return (
         f"GPUs of compute capability {found}, below {OLDEST}" if found < OLDEST else None
     )
