@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 FEW = 4  # entries up to which comparing with every lane costs less than scattering
-EXPONENT = 0.75  # of the share of selected entries, in the factor that matches Adam
+EXPONENT = 0.5  # of the share of selected entries, in the factor that matches Adam
 LARGEST = 2.0**60  # of a gradient: float32 holds the sum of 255 of its squares
 
 

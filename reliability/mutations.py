@@ -175,7 +175,7 @@ MUTATIONS = {
         DEFAULTS,
     ),
     "match_adam by another power of the share": Mutation(
-        "_moments.py", "EXPONENT = 0.75", "EXPONENT = 0.5", MATCHED
+        "_moments.py", "EXPONENT = 0.5", "EXPONENT = 0.75", MATCHED
     ),
     "alpha ignored": Mutation("_leaf.py", "    if alpha:\n", "    if False:\n", ALPHA),
     "key not advanced under stochastic rounding": Mutation(

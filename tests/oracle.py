@@ -164,7 +164,7 @@ def slowness(b1, b2, options, share):
     ages = np.arange(options.window)
     w1, w2 = (b**ages / np.sum(b**ages) for b in (b1, b2))
     speed = np.sum(w1 / np.sqrt(share + (1 - share) * w2))
-    return 1 / (share**0.75 * speed)
+    return 1 / (share**0.5 * speed)
 
 
 def moments_to_update(window, t, b, options, share):
