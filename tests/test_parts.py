@@ -313,13 +313,15 @@ CUTS = {  # a shape, and shards
 }
 
 
-CUT = [(x, n) for x in CUTS for n in (1, 2, 4) if n == 2 or "prime" not in x]
+CUT = [  # window 2 of all, windows 1 and 4 and random roundings of some
+    *((x, n, False) for x in CUTS for n in (1, 2, 4) if n == 2 or "prime" not in x),
+    *((x, 2, True) for x in ("padded", "prime axis, padded", "prime cells")),
+]
 
 
-@pytest.mark.parametrize("random", quick([False, True], False))
 @pytest.mark.parametrize(
-    ("axis_size", "window"),
-    quick(CUT, ("padded", 4), several=True),
+    ("axis_size", "window", "random"),
+    quick(CUT, ("padded", 4, False), several=True),
 )
 def test_chunks_change_no_bit(axis_size, window, random, monkeypatch):
     shape, shards = CUTS[axis_size]
