@@ -232,16 +232,20 @@ def launch(args: argparse.Namespace, arguments: list[str]) -> int:
             if all(worker.poll() == 0 for worker in workers):
                 return 0
             time.sleep(0.1)
+        found = {i: worker.poll() for i, worker in enumerate(workers) if worker.poll()}
     finally:
         for worker in workers:
             if worker.poll() is None:
                 worker.kill()
-    host, status = next((i, w.poll()) for i, w in enumerate(workers) if w.poll())
-    if status == 2:
+    if 2 in found.values():
         return 2  # its one line has been printed
-    name = signal.Signals(-status).name if status < 0 else f"status {status}"
+    ended = ", ".join(  # one that died takes others with it
+        f"process {i} ended with "
+        + (signal.Signals(-status).name if status < 0 else f"status {status}")
+        for i, status in found.items()
+    )
     print(
-        f"train_sharded.py: process {host} ended with {name}; with --checkpoints the "
+        f"train_sharded.py: {ended}; with --checkpoints the "
         "same command goes on from the last one.",
         file=sys.stderr,
     )
