@@ -77,6 +77,11 @@ class Launch(NamedTuple):
     alpha: float = 0.0
 
 
+def nothing() -> str | None:
+    """What is missing where a kernel needs no more than Pallas."""
+    return None
+
+
 def reason_against(at: Layout, dtype: Any, settings: Settings) -> str | None:
     """Why a kernel of Pallas cannot update a leaf; None if it can."""
     k = settings.k(at.block)

@@ -38,7 +38,7 @@ from microadam_optax import _moments
 from microadam_optax._kernels import _rows
 from microadam_optax._kernels._rows import Launch, Rows, Scalars
 
-reason_against = _rows.reason_against
+missing, reason_against = _rows.nothing, _rows.reason_against
 OLDEST = 8.0  # compute capability
 
 
@@ -49,11 +49,6 @@ class _Place(NamedTuple):
     cell: jax.Array  # row of the gradient
     begin: jax.Array | int  # column there
     exists: jax.Array  # bool
-
-
-def missing() -> str | None:
-    """What this jax lacks for the kernel: nothing, once this module is imported."""
-    return None
 
 
 def unavailable() -> str | None:

@@ -24,18 +24,8 @@ from microadam_optax import _moments
 from microadam_optax._kernels import _rows
 from microadam_optax._kernels._rows import Launch, Rows, Scalars
 
+missing = unavailable = _rows.nothing
 reason_against = _rows.reason_against
-
-
-def missing() -> str | None:
-    """What this jax lacks for the kernel: nothing, once this module is imported."""
-    return None
-
-
-def unavailable() -> str | None:
-    """Why the kernel cannot run here: for all that is known, nothing."""
-    return None
-
 
 ROWS = 256  # in a program
 
