@@ -16,87 +16,64 @@ import itertools
 import json
 import pathlib
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 import kernels
 from common import report
 from gpu import with_float32_state
 from microadam_optax import microadam
-from peak_memory import normalized, rotated
+from microadam_optax._models import shapes_of
+from peak_memory import CONFIG, block, cross_entropy, normalized, of_layer
 
 RATE = 1e-3  # plays no part in what is held
 EVERY = 4  # micro-batches of `optax.MultiSteps`
 Params = dict[str, Any]
-
-
-class Model(NamedTuple):
-    """Sizes of a model and of a batch."""
-
-    layers: int
-    width: int
-    hidden: int
-    heads: int
-    vocabulary: int = 32000
-    batch: int = 4
-    length: int = 512
-
-
-MODELS = {
-    "1.7B": Model(32, 2048, 5504, 16),
-    "0.5B": Model(24, 1280, 3456, 10),
+BATCH, LENGTH, LAYERS = 4, 512, "num_hidden_layers"
+LARGER = CONFIG | {
+    "hidden_size": 2048,
+    "intermediate_size": 5504,
+    LAYERS: 32,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "vocab_size": 32000,
 }
+SMALLER = LARGER | {
+    "hidden_size": 1280,
+    "intermediate_size": 3456,
+    LAYERS: 24,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 10,
+}
+MODELS = {"1.7B": LARGER, "0.5B": SMALLER}
+HEAD = 128  # the width of one, in both models
 
 
-def shapes(model: Model, dtype: Any) -> Params:
-    width, hidden = model.width, model.hidden
-    layer = {
-        "attention_norm": (width,),
-        "query": (width, width),
-        "key": (width, width),
-        "value": (width, width),
-        "out": (width, width),
-        "mlp_norm": (width,),
-        "gate": (width, hidden),
-        "up": (width, hidden),
-        "down": (hidden, width),
-    }
-    stacked = {name: (model.layers, *shape) for name, shape in layer.items()}
-    rest = {
-        "embedding": (model.vocabulary, width),
-        "norm": (width,),
-        "head": (width, model.vocabulary),
-    }
+def shapes(config: dict, dtype: Any) -> Params:
+    """Of all layers stacked, and of the rest."""
+    found = shapes_of(config | {LAYERS: 1})
+    layer = of_layer(found, 0)
+    rest = {name: shape for name, shape in found.items() if "layers/" not in name}
+    stacked = {name: (config[LAYERS], *shape) for name, shape in layer.items()}
     return {
         kind: {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in of.items()}
         for kind, of in {"layers": stacked, "rest": rest}.items()
     }
 
 
-def block(model: Model, x: jax.Array, layer: Params) -> jax.Array:
-    y = normalized(x, layer["attention_norm"])
-    heads = (*y.shape[:2], model.heads, -1)
-    q, k, v = ((y @ layer[name]).reshape(heads) for name in ("query", "key", "value"))
-    y = jax.nn.dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
-    x = x + y.reshape(x.shape) @ layer["out"]
-    y = normalized(x, layer["mlp_norm"])
-    return x + (jax.nn.silu(y @ layer["gate"]) * (y @ layer["up"])) @ layer["down"]
-
-
-def mean_loss(model: Model, params: Params, tokens: jax.Array) -> jax.Array:
+def mean_loss(params: Params, tokens: jax.Array) -> jax.Array:
     rest = params["rest"]
-    one = jax.checkpoint(functools.partial(block, model))
-    x = rest["embedding"][tokens[:, :-1]]
+    one = jax.checkpoint(functools.partial(block, head=HEAD))
+    x = rest["embed/embedding"][tokens[:, :-1]]
     x, _ = jax.lax.scan(lambda x, layer: (one(x, layer), None), x, params["layers"])
-    logits = (normalized(x, rest["norm"]) @ rest["head"]).astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-    return losses.mean()
+    logits = normalized(x, rest["norm/scale"]) @ rest["head/kernel"]
+    return cross_entropy(logits, tokens)
 
 
 def transformations() -> dict[str, optax.GradientTransformation]:
@@ -115,7 +92,7 @@ def transformations() -> dict[str, optax.GradientTransformation]:
     }
 
 
-def compile_step(device: Any, model: Model, dtype: Any, tx: Any) -> Any:
+def compile_step(device: Any, config: dict, dtype: Any, tx: Any) -> Any:
     """The donated step, compiled for a device."""
     whole = NamedSharding(
         jax.sharding.Mesh(np.array([device]), ("device",)), PartitionSpec()
@@ -125,24 +102,19 @@ def compile_step(device: Any, model: Model, dtype: Any, tx: Any) -> Any:
         jax.jit, donate_argnums=(0, 1), in_shardings=whole, out_shardings=whole
     )
     def step(params, state, tokens):
-        loss, gradients = jax.value_and_grad(functools.partial(mean_loss, model))(
-            params, tokens
-        )
+        loss, gradients = jax.value_and_grad(mean_loss)(params, tokens)
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    params = shapes(model, dtype)
+    params = shapes(config, dtype)
     state = jax.eval_shape(tx.init, params)
-    tokens = jax.ShapeDtypeStruct((model.batch, model.length + 1), jnp.int32)
-    gpu = AbstractDevice("NVIDIA H200", 132, "gpu")
-    mesh = AbstractMesh((), (), abstract_device=gpu)
-    with jax.sharding.use_abstract_mesh(mesh):
-        return step.trace(params, state, tokens).lower().compile()
+    tokens = jax.ShapeDtypeStruct((BATCH, LENGTH + 1), jnp.int32)
+    return step.trace(params, state, tokens).lower().compile()
 
 
-def account(compiled: Any, model: Model, dtype: Any) -> dict[str, float]:
+def account(compiled: Any, config: dict, dtype: Any) -> dict[str, float]:
     """Bytes a parameter, at the peak."""
-    found, leaves = compiled.memory_analysis(), jax.tree.leaves(shapes(model, dtype))
+    found, leaves = compiled.memory_analysis(), jax.tree.leaves(shapes(config, dtype))
     number = sum(x.size for x in leaves)
     held = {
         "parameters": sum(x.size * x.dtype.itemsize for x in leaves),

@@ -26,13 +26,7 @@ import warnings
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import (
-    AbstractDevice,
-    AbstractMesh,
-    NamedSharding,
-    PartitionSpec,
-    use_abstract_mesh,
-)
+from jax.sharding import NamedSharding, PartitionSpec
 
 from common import report
 from microadam_optax import PAPER, scale_by_microadam
@@ -86,13 +80,7 @@ def compile_for(device, shape, dtype, implementation, **settings):
     step = jax.jit(
         tx.update, donate_argnums=(0, 1), in_shardings=whole, out_shardings=whole
     )
-    here = contextlib.nullcontext()
-    if device.platform == "gpu":
-        gpu = AbstractDevice("NVIDIA H200", 132, "gpu")
-        here = use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu))
-    with here:
-        lowered = step.trace(leaf, jax.eval_shape(tx.init, leaf)).lower()
-    return lowered.compile()
+    return step.trace(leaf, jax.eval_shape(tx.init, leaf)).lower().compile()
 
 
 def tool(name: str) -> str:

@@ -59,32 +59,42 @@ def rotated(x: jax.Array) -> jax.Array:
     return jnp.concatenate([one * cos - two * sin, two * cos + one * sin], -1)
 
 
+def block(x: jax.Array, layer: Params, head: int) -> jax.Array:
+    """A layer of a model, with heads of a width."""
+    y = normalized(x, layer["attention_norm/scale"])
+    q, k, v = (
+        (y @ layer[f"attention/{part}/kernel"]).reshape(*y.shape[:2], -1, head)
+        for part in ("query", "key", "value")
+    )
+    y = jax.nn.dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
+    x = x + y.reshape(x.shape) @ layer["attention/out/kernel"]
+    y = normalized(x, layer["mlp_norm/scale"])
+    y = jax.nn.silu(y @ layer["mlp/gate/kernel"]) * (y @ layer["mlp/up/kernel"])
+    return x + y @ layer["mlp/down/kernel"]
+
+
 def logits_of(params: Params, tokens: jax.Array) -> jax.Array:
     x = params["embed/embedding"][tokens]
-    head = 64  # the width of one, in both models
     layers = sum(name.endswith("mlp_norm/scale") for name in params)
     for layer in range(layers):
-        own = functools.partial(_own, params, layer)
-        y = normalized(x, own("attention_norm/scale"))
-        q, k, v = (
-            (y @ own(f"attention/{part}/kernel")).reshape(*y.shape[:2], -1, head)
-            for part in ("query", "key", "value")
-        )
-        y = jax.nn.dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
-        x = x + y.reshape(x.shape) @ own("attention/out/kernel")
-        y = normalized(x, own("mlp_norm/scale"))
-        y = jax.nn.silu(y @ own("mlp/gate/kernel")) * (y @ own("mlp/up/kernel"))
-        x = x + y @ own("mlp/down/kernel")
+        x = block(x, of_layer(params, layer), head=64)  # in both models
     return normalized(x, params["norm/scale"]) @ params["head/kernel"]
 
 
-def _own(params: Params, layer: int, name: str) -> jax.Array:
-    return params[f"layers/{layer}/{name}"]
+def of_layer(named: dict[str, Any], layer: int) -> dict[str, Any]:
+    """What belongs to a layer, by its name in there."""
+    lead = f"layers/{layer}/"
+    return {name[len(lead) :]: x for name, x in named.items() if name.startswith(lead)}
 
 
 def mean_loss(params: Params, tokens: jax.Array) -> jax.Array:
-    logits = logits_of(params, tokens[:, :-1]).astype(jnp.float32)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    return cross_entropy(logits_of(params, tokens[:, :-1]), tokens)
+
+
+def cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), tokens[:, 1:]
+    )
     return losses.mean()
 
 
