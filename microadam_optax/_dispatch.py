@@ -193,7 +193,8 @@ def _partitioning(context: Any) -> tuple[bool, Any]:
     The context is None if a kernel could not be part of it.
     """
     if hasattr(context, "manual_axes"):  # in a shard_map
-        auto = set(context.mesh.axis_names) - set(context.manual_axes)
+        sizes = {x: n for x, n in context.mesh.shape.items() if n > 1}
+        auto = sizes.keys() - set(context.manual_axes)
         abstract = isinstance(context.mesh, jax.sharding.AbstractMesh)
         return bool(auto), None if auto and abstract else context
     number = getattr(context, "num_devices", None)

@@ -24,6 +24,7 @@ from microadam_optax._blocks import Layout
 from microadam_optax._state import Settings
 
 _BLOCK, _SELECTED, _ENTRIES = 256, 64, 128  # the largest that a kernel takes
+_DTYPES = ("float32", "bfloat16", "float16")
 FEW = 4  # up to here the k largest are found one by one
 NOWHERE = 1 << 20  # a position that no row has
 _INFINITY = 0x7F800000
@@ -87,8 +88,9 @@ def reason_against(at: Layout, dtype: Any, settings: Settings) -> str | None:
     k = settings.k(at.block)
     rows = math.prod(at.grid) * at.blocks
     widest = max(at.block, (settings.window - 1) * k)
+    name = str(jnp.dtype(dtype))
     limits = {
-        "64-bit gradients": jnp.dtype(dtype).itemsize > 4,
+        f"gradients of {name}": name not in _DTYPES,
         "`alpha` other than 0": settings.alpha,
         f"blocks of more than {_BLOCK} elements": at.block > _BLOCK,
         f"more than {_SELECTED} selected entries in a block": k > _SELECTED,
