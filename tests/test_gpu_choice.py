@@ -87,6 +87,11 @@ def test_what_the_kernel_does_not_take_is_xlas(arguments):
     assert TRITON not in of_leaf(tx, jax.ShapeDtypeStruct((8, 4096), jnp.float32))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float8_e5m2, jnp.float8_e4m3fn])
+def test_gradients_of_8_bits_are_xlas(dtype):
+    assert TRITON not in of_leaf(make(), jax.ShapeDtypeStruct((8, 256), dtype))
+
+
 def test_float64_is_xlas():
     with jax.enable_x64(True):
         assert TRITON not in of_leaf(make(), jax.ShapeDtypeStruct((8, 256), jnp.float64))
@@ -138,6 +143,22 @@ def test_xlas_own_code_takes_large_leaves_in_pieces():
         leaf = jax.ShapeDtypeStruct((rows, 256), jnp.bfloat16)
         loops.append(of_leaf(tx, leaf).count("stablehlo.while"))
     assert loops[1] == loops[0] + 1
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H200", "NVIDIA L40S"])
+def test_in_a_shard_map_over_absent_gpus_it_compiles(kind):
+    """Of which Pallas of newer versions does not know all."""
+    gpu = jax.sharding.AbstractDevice(kind, 132, "gpu")
+    mesh = jax.sharding.AbstractMesh((8,), ("fsdp",), abstract_device=gpu)
+    f = jax.shard_map(
+        lambda g: TX.update(g, TX.init(g))[0],
+        mesh=mesh,
+        in_specs=P("fsdp"),
+        out_specs=P("fsdp"),
+    )
+    over = NamedSharding(mesh, P("fsdp"))
+    leaf = jax.ShapeDtypeStruct(LEAF.shape, LEAF.dtype, sharding=over)
+    assert (TRITON in lowered(f, leaf)) or kind != "NVIDIA H200"
 
 
 @pytest.fixture

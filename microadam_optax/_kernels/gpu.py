@@ -25,6 +25,7 @@ wants powers of two; lanes past the end of a part are masked.
 import contextlib
 import functools
 import operator
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -54,8 +55,8 @@ class _Place(NamedTuple):
 def unavailable() -> str | None:
     """Why the kernel cannot run on the GPUs here; None if it can, or if none is here."""
     here = jax.sharding.get_abstract_mesh()
-    if here.manual_axes and getattr(here.abstract_device, "platform", None) != "gpu":
-        return "a mesh of other devices than GPUs"
+    if here.manual_axes and not _known(here.abstract_device):
+        return f"the devices of this mesh ({here.abstract_device})"
     try:
         devices = jax.local_devices(backend="cuda")
     except RuntimeError:  # the program is for another machine
@@ -64,6 +65,27 @@ def unavailable() -> str | None:
     return (
         f"GPUs of compute capability {found}, below {OLDEST}" if found < OLDEST else None
     )
+
+
+def _known(device: Any) -> bool:
+    """Whether Pallas lowers a kernel for a device, or for JAX's own if it is None."""
+
+    def copy(old: Any, new: Any) -> None:
+        new[...] = old[...]
+
+    def f(x: jax.Array) -> jax.Array:
+        params = triton.CompilerParams()
+        return pl.pallas_call(copy, out_shape=x, compiler_params=params)(x)
+
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*Triton", DeprecationWarning)
+        try:
+            traced = jax.jit(f).trace(jax.ShapeDtypeStruct((16,), jnp.float32))
+            traced.lower(lowering_platforms=("cuda",))
+        except (RuntimeError, ValueError):
+            return False
+    return getattr(device, "platform", "gpu") == "gpu"
 
 
 def update(
