@@ -147,3 +147,21 @@ def test_types_are_those_of_adam():
 
     jax.shard_map(f, mesh=mesh, in_specs=(P(None, "d"), P()), out_specs=P())(own, shared)
     assert found["mu"] == found["codes"]
+
+
+@pytest.mark.parametrize("sizes", [(1, DEVICES), (2, DEVICES // 2)])
+def test_beside_automatic_axes(sizes):
+    """Also of size 1, over which nothing is partitioned."""
+    mesh = jax.make_mesh(sizes, ("e", "d"), axis_types=(AxisType.Auto,) * 2)
+    tx, gradient = scale_by_microadam(), gradients(WHOLE)[1][0]
+    gradient = jnp.concatenate([gradient] * DEVICES)
+
+    def f(gradient):
+        return tx.update(gradient, tx.init(gradient))[0]
+
+    on_mesh = jax.shard_map(
+        f, mesh=mesh, in_specs=P("d"), out_specs=P("d"), axis_names={"d"}
+    )
+    parts = jnp.split(gradient, sizes[1])
+    want = jnp.concatenate([jax.jit(f)(part) for part in parts])
+    np.testing.assert_array_equal(jax.jit(on_mesh)(gradient), want)
