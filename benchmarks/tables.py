@@ -1,6 +1,9 @@
-"""Writes docs/benchmarks.md, and the figures in README.md, from benchmarks/results.
+"""Writes the figures of README.md and of the pages in docs/ from benchmarks/results.
 
 python benchmarks/tables.py
+
+What stands between two marks, `<!-- name -->` and `<!-- end name -->`, is replaced; the
+text around them is written by hand.
 """
 
 import json
@@ -13,15 +16,31 @@ import re
 CORES, ISSUED, CLOCK, MEMORY = 132, 4, 1.98e9, 4.8e12
 LEAST = 2 * (2 + 1 / 2 + 4 / 256) + 27 * 3 / 256 * (1 + 1 / 9)
 ROOT = pathlib.Path(__file__).parents[1]
+ADAM, DEFAULT, PAPER = "optax.adamw", "(2, 6 %)", "(10, 1 %), all compressed"
+SHOWN = {  # in README: the names in memory.json, peak_memory.json and gpu_memory.json
+    ADAM: ("Adam", ADAM, ADAM),
+    "optax.adafactor": ("Adafactor", "", "optax.adafactor"),
+    "MicroAdam (2, 6 %), the default": (DEFAULT, f"MicroAdam {DEFAULT}", "MicroAdam"),
+    "MicroAdam (1, 25 %)": ("(1, 25 %)", *["MicroAdam (1, 25 %)"] * 2),
+    "MicroAdam (10, 1 %), the paper's": (PAPER, f"MicroAdam {PAPER}", ""),
+}
 
 
 def load(name: str) -> dict:
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    file = ROOT / "benchmarks" / "results" / f"{name}.json"
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """Replaces what stands between the marks of that name."""
+    begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+    pattern = re.escape(begin) + ".*?" + re.escape(end)
+    return re.sub(pattern, lambda _: f"{begin}\n{content}\n{end}", text, flags=re.DOTALL)
 
 
 def measured_on(results: dict) -> str:
@@ -32,13 +51,76 @@ def measured_on(results: dict) -> str:
     )
 
 
+def readme_memory_table() -> str:
+    """State, and the peaks of whole training steps, in bytes a parameter."""
+    state = load("memory")["state_bytes_a_parameter"]["Llama-2-7B"]
+    small, large = load("peak_memory"), load("gpu_memory")
+    peaks = {
+        row["optimizer"]: row["peak"] / small["parameters"]
+        for row in small["rows"]
+        if row["dtype"] == "float32"
+    }
+    found = {
+        row["optimizer"]: row["peak"]
+        for row in large["rows"]
+        if (row["model"], row["dtype"], row["every"]) == ("1.7B", "bfloat16", 1)
+    }
+    rows = [
+        [
+            shown,
+            f"{state[of_state]:.3f}",
+            f"{peaks[of_peak]:.1f}" if of_peak in peaks else "",
+            f"{found[of_gpu]:.1f}" if of_gpu in found else "",
+        ]
+        for shown, (of_state, of_peak, of_gpu) in SHOWN.items()
+    ]
+    header = ["bytes a parameter", "state, Llama-2-7B", "peak of a step, float32, CPU"]
+    return table([*header, "peak of a step, bfloat16, H200"], rows)
+
+
+def ratios(results: dict) -> dict[str, dict[str, float]]:
+    """Of whole steps to optax.adamw's, on all cores in blocks of 256, by size."""
+    most = max(row["cores"] for row in results["rows"])
+    found: dict[str, dict[str, float]] = {}
+    for row in results["rows"]:
+        if (row["cores"], row["blocks"], row["apply_updates"]) == (most, "256", True):
+            size = f"{row['millions']}M parameters"
+            found.setdefault(row["setting"], {})[size] = row["ratio"]
+    return found
+
+
+def readme_speed_table() -> str:
+    """Of whole steps and of compiling, in times of optax.adamw's."""
+    step, slow = load("step_time"), load("step_time_xla")
+    compiled, slow_compiled = (
+        load(x)["seconds"]["64 distinct leaves"]
+        for x in ("compile_time", "compile_time_xla")
+    )
+    sizes = list(next(iter(ratios(step).values())))
+    lines = {name: (of, compiled) for name, of in ratios(step).items()}
+    lines[f"{DEFAULT} without numba"] = ratios(slow)[DEFAULT], slow_compiled
+    rows = []
+    for name, (of, seconds) in lines.items():
+        own = next(x for x in seconds if name.startswith(x.split(", all")[0]))
+        cells = [f"{of[size]:.2f}" if size in of else "" for size in sizes]
+        rows.append([name, *cells, f"{seconds[own] / seconds[ADAM]:.1f}"])
+    header = ["times of optax.adamw's", *(f"a step, {size}" for size in sizes)]
+    return (
+        f"{table([*header, 'first step, 64 leaves, with compiling'], rows)}\n\n"
+        f"{measured_on(step)} and `python benchmarks/compile_time.py`."
+    )
+
+
 def state_table(results: dict) -> str:
     models = results["state_bytes_a_parameter"]
     settings = next(iter(models.values()))
     rows = [
         [name, *(f"{held[name]:.3f}" for held in models.values())] for name in settings
     ]
-    return table(["(window, density)", *models], rows)
+    return (
+        f"{table(['(window, density)', *models], rows)}\n\n"
+        f"From shapes alone: {measured_on(results)}."
+    )
 
 
 def temporary_table(results: dict) -> str:
@@ -48,35 +130,30 @@ def temporary_table(results: dict) -> str:
         mb = {x: f"{number / 1e6:.1f}" for x, number in held.items()}
         ours = [f"{mb[x]} MB ({mb[f'{x}, most']})" for x in ("kernel", "XLA")]
         rows.append([name, f"{mb['leaf']} MB", f"{mb['Adam']} MB", *ours])
-    header = ["leaves", "one holds", "optax.adam"]
-    return table([*header, "MicroAdam, kernel", "MicroAdam without numba"], rows)
+    header = ["leaves", "one holds", "optax.adam", "MicroAdam, kernel"]
+    return (
+        f"{table([*header, 'MicroAdam without numba'], rows)}\n\n"
+        "XLA's own account of the compiled update with its learning rate, by default and "
+        f"in brackets the most of all settings: {measured_on(results)}."
+    )
 
 
 def step_table(results: dict) -> str:
-    header = [
-        "parameters",
-        "(window, density)",
-        "blocks",
-        "cores",
-        "step",
-        "optax.adamw",
-        "MicroAdam",
-        "ratio",
-    ]
+    """Whole steps and updates alone, for each size, setting and number of cores."""
+    header = ["parameters", "(window, density)", "blocks", "cores"]
+    for step in ("step", "update"):
+        header += [f"{step}: adamw, ns", "MicroAdam, ns", "ratio"]
+    found: dict[tuple, dict[bool, list[str]]] = {}
+    for row in results["rows"]:
+        of = f"{row['millions']}M", row["setting"], row["blocks"], str(row["cores"])
+        figures = ("adamw_ns_a_parameter", "ns_a_parameter", "ratio")
+        cells = [f"{row[x]:.2f}" for x in figures]
+        found.setdefault(of, {})[row["apply_updates"]] = cells
     rows = [
-        [
-            f"{row['parameters'] / 1e6:.0f}M",
-            row["setting"],
-            row["blocks"],
-            str(row["cores"]),
-            "with apply_updates" if row["apply_updates"] else "update alone",
-            f"{row['adamw_ns_a_parameter']:.2f} ns",
-            f"{row['ns_a_parameter']:.2f} ns",
-            f"{row['ratio']:.2f}",
-        ]
-        for row in results["rows"]
+        [*of, *cells.get(True, [""] * 3), *cells.get(False, [""] * 3)]
+        for of, cells in found.items()
     ]
-    return table(header, rows)
+    return f"{table(header, rows)}\n\n{measured_on(results)}."
 
 
 def compile_table(results: dict) -> str:
@@ -88,85 +165,7 @@ def compile_table(results: dict) -> str:
             f"{seconds[n]:.2f} s ({seconds[n] / base:.1f} times)" for n in names[1:]
         ]
         rows.append([case, f"{base:.2f} s", *others])
-    return table(["leaves", *names], rows)
-
-
-def page(memory: dict, step: dict, compilation: dict) -> str:
-    step_xla, compilation_xla = map(load, ("step_time_xla", "compile_time_xla"))
-    return f"""# Benchmarks
-
-Written by `python benchmarks/tables.py` from `benchmarks/results/`. What the kernels are
-compiled to is on their [page](kernels.md).
-
-## Bytes of state for each parameter
-
-{state_table(memory)}
-
-From shapes alone: {measured_on(memory)}.
-
-## Temporary memory of a donated update
-
-{temporary_table(memory)}
-
-XLA's own account of the compiled update with its learning rate, by default and in
-brackets the most of all settings: {measured_on(memory)}.
-
-## Step time
-
-Nanoseconds for each parameter, and the median of the ratios of neighbouring runs; all
-that is written is donated. "With apply_updates": a whole step of several in one program,
-less the making of gradients. Blocks of 232 pad the cells of rows of 11,008. A copy of a
-float32 array took {step["copy_ns_an_element"]:.2f} ns an element in the same run.
-
-{step_table(step)}
-
-{measured_on(step)}.
-
-Where the time of the CPU kernel goes, in nanoseconds a parameter of one core that has the
-data in its caches (decay, rate and `apply_updates` come on top, one pass over memory):
-
-{parts_table(load("cpu_parts"))}
-
-Without numba:
-
-{step_table(step_xla)}
-
-{measured_on(step_xla)}.
-
-## Tracing, compiling and the first step
-
-{compile_table(compilation)}
-
-{measured_on(compilation)}.
-
-Without numba:
-
-{compile_table(compilation_xla)}
-
-{measured_on(compilation_xla)}.
-"""
-
-
-def speed_table(step: dict) -> str:
-    """Whole steps on all cores, by setting and blocks: the ratio to optax.adamw."""
-    most = max(row["cores"] for row in step["rows"])
-    rows = [r for r in step["rows"] if r["apply_updates"] and r["cores"] == most]
-    blocks = list(dict.fromkeys(row["blocks"] for row in rows))
-    found: dict[tuple, dict[str, str]] = {}
-    for row in rows:
-        of = f"{row['millions']}M", row["setting"]
-        found.setdefault(of, {})[row["blocks"]] = f"{row['ratio']:.2f}"
-    header = ["parameters", "(window, density)", *(f"blocks of {x}" for x in blocks)]
-    return table(
-        header, [[*of, *(row.get(x, "") for x in blocks)] for of, row in found.items()]
-    )
-
-
-def fill(text: str, name: str, content: str) -> str:
-    """Replaces what stands between the marks of that name."""
-    begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
-    pattern = re.escape(begin) + ".*?" + re.escape(end)
-    return re.sub(pattern, lambda _: f"{begin}\n{content}\n{end}", text, flags=re.DOTALL)
+    return f"{table(['leaves', *names], rows)}\n\n{measured_on(results)}."
 
 
 def peak_table(results: dict) -> str:
@@ -184,18 +183,6 @@ def peak_table(results: dict) -> str:
         f"{table(header, rows)}\n\nBytes a parameter, {number:,} parameters, a batch of "
         f"{results['batch']} x {results['length']} tokens: {measured_on(results)}."
     )
-
-
-def short_peak_table(results: dict) -> str:
-    """The peaks alone, in bytes a parameter, without accumulation."""
-    number, found = results["parameters"], {}
-    for row in results["rows"]:
-        if "MultiSteps" not in row["optimizer"]:
-            peak = f"{row['peak'] / number:.1f}"
-            found.setdefault(row["optimizer"], {})[row["dtype"]] = peak
-    dtypes = ["float32", "bfloat16"]
-    header = ["", *(f"{x} parameters" for x in dtypes)]
-    return table(header, [[n, *map(peaks.get, dtypes)] for n, peaks in found.items()])
 
 
 PARTS = {  # of the CPU kernel, by the lines of its block
@@ -336,28 +323,18 @@ def plan_table(results: dict) -> str:
     )
 
 
-def sharding_page(text: str, results: dict) -> str:
+def plan_section(results: dict) -> str:
     plan = results["plan_70b"]
     layer = {n: sent(each["collectives"]) for n, each in results["layer_70b"].items()}
-    own = f"{plan['parameter_bytes'] / 1e9:.3f} GB"
-    sections = {
-        "meshes": mesh_tables(results),
-        "unaligned": unaligned_table(results),
-        "weak scaling": weak_table(results),
-        "plan": (
-            f"{plan['parameters']:,} parameters on a mesh of "
-            + " x ".join(f"{n} {axis}" for axis, n in plan["mesh"].items())
-            + f"; bfloat16 parameters and gradients are {own} each a device."
-            f"\n\n{plan_table(results)}\n\n"
-            "Collectives of the update of a layer, the embedding and the head, compiled "
-            f"for the 256 devices: {layer['8']} with `shards=8`, "
-            f"**{layer[str(plan['shards'])]}** with `shards={plan['shards']}`."
-        ),
-        "machine": f"{measured_on(results)}.",
-    }
-    for name, content in sections.items():
-        text = fill(text, name, content)
-    return text
+    return (
+        f"{plan['parameters']:,} parameters on a mesh of "
+        + " x ".join(f"{n} {axis}" for axis, n in plan["mesh"].items())
+        + f"; bfloat16 parameters and gradients are {plan['parameter_bytes'] / 1e9:.3f} "
+        f"GB each a device.\n\n{plan_table(results)}\n\n"
+        "Collectives of the update of a layer, the embedding and the head, compiled "
+        f"for the 256 devices: {layer['8']} with `shards=8`, "
+        f"**{layer[str(plan['shards'])]}** with `shards={plan['shards']}`."
+    )
 
 
 def gpu_code_table(results: dict) -> str:
@@ -424,6 +401,8 @@ def tpu_code_table(results: dict) -> str:
 
 def gpu_section(results: dict) -> str:
     """Times on a GPU, once there are any."""
+    if not results:
+        return "Nothing has been timed on a GPU yet."
     header = ["parameters", "dtype", "", "step", "time", "GB/s"]
     header += ["of adamw", "of a copy", "peak"]
     rows = [
@@ -443,41 +422,73 @@ def gpu_section(results: dict) -> str:
     ]
     passed = sum(found["passed"] for found in results["checks"].values())
     return (
-        f"\n## On a GPU\n\n{passed} of {len(results['checks'])} checks of the kernels "
+        f"{passed} of {len(results['checks'])} checks of the kernels "
         f"against XLA passed on the device. {results['machine']['device']}, a copy at "
         f"{results['copy_bytes_a_second'] / 1e9:.0f} GB/s.\n\n{table(header, rows)}\n\n"
         f"{measured_on(results)}.\n"
     )
 
 
+def overview() -> dict[str, str]:
+    """A sentence each for the landing page."""
+    state = load("memory")["state_bytes_a_parameter"]["Llama-2-7B"]
+    step = load("step_time")
+    ratio = ", ".join(f"{x:.2f} ({size})" for size, x in ratios(step)[DEFAULT].items())
+    return {
+        "bytes": f"**{state[DEFAULT]:.2f} bytes of state a parameter**, where Adam has "
+        f"{state['Adam']:.0f} ([memory](memory.md)):",
+        "times": f"**A step takes {ratio} times as long as with `optax.adamw`**, on a "
+        "CPU of two cores with numba ([benchmarks](benchmarks.md)):",
+    }
+
+
+def sections() -> dict[str, dict[str, str]]:
+    """What belongs between the marks of each page."""
+    memory, step, meshes = map(load, ("memory", "step_time", "sharding"))
+    kernels = load("kernels")
+    return {
+        "README.md": {"memory": readme_memory_table(), "speed": readme_speed_table()},
+        "docs/index.md": overview(),
+        "docs/memory.md": {
+            "state": state_table(memory),
+            "peak": peak_table(load("peak_memory")),
+            "resident": resident_table(load("resident_memory")),
+            "gpu peak": gpu_peak_table(load("gpu_memory")),
+            "temporary": temporary_table(memory),
+        },
+        "docs/compile_time.md": {
+            "compile": compile_table(load("compile_time")),
+            "compile without numba": compile_table(load("compile_time_xla")),
+        },
+        "docs/sharding.md": {
+            "unaligned": unaligned_table(meshes),
+            "plan": plan_section(meshes),
+        },
+        "docs/benchmarks.md": {
+            "steps": step_table(step),
+            "steps without numba": step_table(load("step_time_xla")),
+            "copy": f"A copy of a float32 array took {step['copy_ns_an_element']:.2f} ns "
+            "an element in the same run.",
+            "parts": parts_table(load("cpu_parts")),
+            "gpu": gpu_section(load("gpu")),
+            "gpu code": gpu_code_table(kernels),
+            "tpu code": tpu_code_table(kernels),
+            "meshes": mesh_tables(meshes),
+            "weak scaling": weak_table(meshes),
+            "machine": f"{measured_on(meshes)}.",
+        },
+    }
+
+
 def main() -> None:
-    memory, step, compilation = map(load, ("memory", "step_time", "compile_time"))
-    on_gpu = ROOT / "benchmarks" / "results" / "gpu.json"
-    text = page(memory, step, compilation)
-    if on_gpu.exists():
-        text += gpu_section(load("gpu"))
-    (ROOT / "docs" / "benchmarks.md").write_text(text)
-    readme = ROOT / "README.md"
-    text = fill(readme.read_text(), "state", state_table(memory))
-    text = fill(text, "temporary", temporary_table(memory))
-    text = fill(text, "peak", short_peak_table(load("peak_memory")))
-    speed = f"{speed_table(step)}\n\n{measured_on(step)}.\n\n"
-    speed += f"{compile_table(compilation)}\n\n{measured_on(compilation)}."
-    readme.write_text(fill(text, "speed", speed))
-    of_memory = ROOT / "docs" / "memory.md"
-    content = f"{state_table(memory)}\n\nFrom shapes alone: {measured_on(memory)}."
-    text = fill(of_memory.read_text(), "state", content)
-    text = fill(text, "peak", peak_table(load("peak_memory")))
-    if (ROOT / "benchmarks" / "results" / "resident_memory.json").exists():
-        text = fill(text, "resident", resident_table(load("resident_memory")))
-    if (ROOT / "benchmarks" / "results" / "gpu_memory.json").exists():
-        text = fill(text, "gpu peak", gpu_peak_table(load("gpu_memory")))
-    of_memory.write_text(text)
-    kernels = ROOT / "docs" / "kernels.md"
-    text = fill(kernels.read_text(), "gpu code", gpu_code_table(load("kernels")))
-    kernels.write_text(fill(text, "tpu code", tpu_code_table(load("kernels"))))
-    page_of_meshes = ROOT / "docs" / "sharding.md"
-    page_of_meshes.write_text(sharding_page(page_of_meshes.read_text(), load("sharding")))
+    for name, contents in sections().items():
+        page = ROOT / name
+        text = page.read_text()
+        for mark, content in contents.items():
+            if f"<!-- {mark} -->" not in text:
+                raise ValueError(f"{name} has no place for {mark!r}.")
+            text = fill(text, mark, content)
+        page.write_text(text)
 
 
 if __name__ == "__main__":

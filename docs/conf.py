@@ -1,5 +1,8 @@
 """Sphinx configuration."""
 
+import latex2mathml.converter
+from docutils import nodes
+
 import microadam_optax
 
 project = "microadam_optax"
@@ -9,12 +12,33 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.doctest",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
 ]
-myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 autodoc_typehints = "none"
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "microadam_optax"
+html_static_path = ["_static"]
+html_css_files = ["page.css"]
 exclude_patterns = ["_build"]
+
+
+def mathml(block):
+    """A visitor that writes an equation as MathML, which browsers show by themselves."""
+
+    def visit(self, node):
+        equation = latex2mathml.converter.convert(
+            node.astext(), display="block" if block else "inline"
+        )
+        self.body.append(f'<div class="math">{equation}</div>' if block else equation)
+        raise nodes.SkipNode
+
+    return visit, None
+
+
+def setup(app):
+    """Tells Sphinx."""
+    app.add_html_math_renderer("mathml", mathml(False), mathml(True))

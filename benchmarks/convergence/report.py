@@ -144,8 +144,22 @@ def quality_section() -> str:
                 f"{figure(x.mean, what)} ± {figure(x.spread, what)}" if x else ""
                 for x in map(known.get, wanted)
             ]
-            rows.append([f"{one.about}; {steps:,} steps", what, *means])
-    return tables.table(["", "mean and spread of", *wanted], rows)
+            rows.append([f"{one.about}; {steps:,} steps, {what}", *means])
+    return tables.table(["mean ± spread", *wanted], rows)
+
+
+def overview_section() -> str:
+    """A sentence for the landing page."""
+    one = study.STUDIES["language"]
+    wanted = ["Adam", "MicroAdam (2, 6 %)"]
+    adam, ours = outcomes("language", one.long, wanted)
+    what = deciding(adam.rows[0])
+    return (
+        f"**A {what} of {figure(ours.mean, what)} ± {figure(ours.spread, what)}, where "
+        f"Adam ends at {figure(adam.mean, what)} ± {figure(adam.spread, what)}**: "
+        f"{one.about}, {one.long:,} steps, each at its own best learning rate "
+        "([convergence](convergence.md)):"
+    )
 
 
 def rates_section() -> str:
@@ -181,7 +195,7 @@ def rosenbrock_section() -> str:
     ]
     header = [f"value after {found['steps']:,} steps, by learning rate", *rates]
     return (
-        "![The paths of four optimizers](images/rosenbrock.png)\n\n"
+        "![Four paths on the Rosenbrock function](images/rosenbrock.png)\n\n"
         f"{tables.table(header, rows)}\n\n{tables.measured_on(found)}."
     )
 
@@ -203,7 +217,7 @@ def mechanism_section() -> str:
     header = ["(window, density)", "moves in all", "at once", "coordinates moving"]
     header += [f"cosine over {h}" for h in horizons]
     return (
-        "![What becomes of a selected entry](images/mechanism.png)\n\n"
+        "![After a selection, and agreement with Adam](images/mechanism.png)\n\n"
         f"{tables.table(header, rows)}\n\n{tables.measured_on(found)}."
     )
 
@@ -222,13 +236,16 @@ def main() -> None:
     for name, content in sections.items():
         text = tables.fill(text, name, content)
     page.write_text(text)
-    readme = ROOT / "README.md"
-    readme.write_text(tables.fill(readme.read_text(), "quality", sections["quality"]))
-    tuning = DOCS / "tuning.md"
-    tuning.write_text(tables.fill(tuning.read_text(), "rates", rates_section()))
+    for other, mark, content in (
+        (ROOT / "README.md", "quality", sections["quality"]),
+        (DOCS / "index.md", "quality", overview_section()),
+        (DOCS / "tuning.md", "rates", rates_section()),
+    ):
+        other.write_text(tables.fill(other.read_text(), mark, content))
     held = tables.load("memory")["state_bytes_a_parameter"]["Llama-2-7B"]
     named = {f"MicroAdam {x}" if x.startswith("(") else x: y for x, y in held.items()}
     pictures.state_bytes(named, IMAGES / "state_bytes.png")
+    pictures.speed(tables.ratios(tables.load("step_time")), IMAGES / "speed.png")
 
 
 if __name__ == "__main__":
