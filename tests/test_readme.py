@@ -1,0 +1,61 @@
+"""The code in README.md and on the pages of the docs runs as it is pasted.
+
+If it fails, the first thing that a user copies does not run.
+"""
+
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = {
+    str(file.relative_to(ROOT)): file.read_text()
+    for file in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+}
+FENCE = re.compile(r"^ *```(\S*)[^\n]*\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+NOT_RUN = {"bash", "text", "{eval-rst}", "{literalinclude}", "{toctree}"}
+WITH_CODE = [page for page, text in PAGES.items() if "```python\n" in text]
+
+
+def run(page: str, text: str) -> None:
+    """All blocks of a page in order, in one namespace; errors name the page's lines."""
+    namespace: dict = {"__name__": "__main__"}
+    for block in FENCE.finditer(text):
+        if block[1] == "python":
+            above = "\n" * (text[: block.start(2)].count("\n"))
+            exec(compile(above + block[2], page, "exec"), namespace)
+
+
+def case(page):
+    marks = [pytest.mark.makes_nan] if page == "docs/reliability.md" else []
+    return pytest.param(page, marks=marks)
+
+
+@pytest.mark.parametrize("page", list(map(case, WITH_CODE)))
+@pytest.mark.promotes
+def test_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(page, PAGES[page])
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/quickstart.md"])
+@pytest.mark.promotes
+def test_a_wrong_name_in_a_block_is_found(page):
+    text = PAGES[page]
+    for right, wrong in (("microadam(", "micro_adam("), ("tx.init", "tx.initial")):
+        assert right in text
+        with pytest.raises((NameError, AttributeError)):
+            run(page, text.replace(right, wrong))
+
+
+@pytest.mark.parametrize("page", list(PAGES))
+def test_no_code_is_left_out(page):
+    """A fence that is not run is not Python, and nothing has prompts."""
+    assert {x[1] for x in FENCE.finditer(PAGES[page])} <= {"python", *NOT_RUN}
+    assert len(re.findall(r"^ *```", PAGES[page], re.MULTILINE)) % 2 == 0
+    assert ">>>" not in PAGES[page]
+
+
+def test_pages_with_code_are_found():
+    assert {"README.md", "docs/index.md", "docs/quickstart.md"} < set(WITH_CODE)
