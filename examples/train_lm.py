@@ -197,7 +197,7 @@ def plot_health(health: list[Health], file: pathlib.Path) -> None:
     known = {
         name: values for name, values in figures.items() if np.isfinite(values).any()
     }
-    figure, all_axes = plt.subplots(2, 4, figsize=(14, 6), layout="constrained")
+    figure, all_axes = plt.subplots(4, 2, figsize=(7, 10), layout="constrained")
     steps = range(1, len(health) + 1)
     for axes, (name, values) in zip(all_axes.flat, known.items(), strict=False):
         axes.plot(steps, values, linewidth=0.8)

@@ -66,7 +66,7 @@ def legend_below(figure: Any) -> None:
 def label_quality(axes: Any, what: str) -> None:
     axes.set_ylabel(what)
     if not what.endswith("loss"):
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
 
 
 def curves(outcomes: list[Outcome], file: pathlib.Path) -> None:
@@ -134,7 +134,7 @@ def equal_bytes(
     axes.set(xlabel=what, ylabel="(window, density), bytes a parameter")
     axes.set_title(title, fontsize="small")
     if not what.endswith("loss"):
-        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     save(figure, file)
 
 
