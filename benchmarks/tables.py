@@ -34,7 +34,8 @@ def load(name: str) -> dict:
 def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    # No line ends within a figure.
+    # No line ends within a figure or a setting.
+    text = re.sub(r"\((\d+), (\d+) %\)", "(\\1,\u00a0\\2\u00a0%)", text)
     return text.replace(" %", "\u00a0%").replace(" ± ", "\u00a0±\u00a0")
 
 

@@ -4,8 +4,10 @@ python -m pytest reliability/checks.py
 """
 
 import ast
+import importlib
 import importlib.metadata
 import pathlib
+import re
 import sys
 
 import pytest
@@ -92,6 +94,17 @@ def test_every_public_name_is_documented():
             assert f":: microadam_optax.{name}\n" in page
             data = name in ("PAPER", "STATIC_ARGS")
             assert data or getattr(microadam_optax, name).__doc__
+
+
+def test_names_of_the_package_on_pages_exist():
+    """Functions in the algorithm's table, files in CONTRIBUTING."""
+    page = (DOCS / "algorithm.md").read_text()
+    for module, name in re.findall(r"`(_\w+)\.(\w+)`", page):
+        found = importlib.import_module(f"microadam_optax.{module}")
+        assert hasattr(found, name), (module, name)
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for name in re.findall(r"(?<![\w`])`?(?:microadam_optax/)?(_\w+)\.py`", text):
+        assert list((ROOT / "microadam_optax").rglob(f"{name}.py")), name
 
 
 def test_every_example_is_listed():

@@ -95,7 +95,7 @@ def draw_rates(found: dict[str, Any]) -> None:
     axes.loglog(lengths, guide, "k:", label="slope -0.5")
     axes.set_xlabel("steps")
     axes.set_ylabel("mean square of the true gradient")
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     axes.grid(alpha=0.3)
     figure.savefig(PICTURE, dpi=150, metadata={"Software": None})
     plt.close(figure)
