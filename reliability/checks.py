@@ -112,6 +112,9 @@ def test_every_example_is_listed():
     for file in sources("examples"):
         command = f"`python examples/{file.relative_to(ROOT / 'examples')}"
         assert (command in text) != (file.stem in HELPERS), file
+    for file in sources("examples/recipes"):
+        page = DOCS / "recipes" / f"{file.stem}.md"
+        assert page.exists() != (file.stem in HELPERS), page
 
 
 @pytest.mark.parametrize("page", [DOCS / "convergence.md", ROOT / "README.md"])
