@@ -9,6 +9,7 @@ and the state that some steps have left: a line costs the difference.
 
 import argparse
 import ast
+import collections
 import inspect
 import itertools
 import time
@@ -21,13 +22,14 @@ from numba import njit
 from numba.core.types import float32, uint8, uint16
 
 from common import report
-from microadam_optax._kernels import cpu_block
+from microadam_optax._kernels import cpu_block, cpu_data
 from microadam_optax._kernels.cpu_llvm import pointer
 
 SETTINGS = {"(2, 6 %)": (2, 0.06), "(1, 25 %)": (1, 0.25), "(10, 1 %)": (10, 0.01)}
 BLOCKS = (256, 232, 64)
 BITS = 4
 STEPS = 20  # before any is timed
+Shape = collections.namedtuple("Shape", [*cpu_data.Shape._fields, "lines"])
 
 
 def numbered(body: list[ast.stmt], windowed: bool, names: list[str]) -> list[ast.stmt]:
@@ -55,8 +57,6 @@ def in_lines(windowed: bool) -> tuple[Any, list[str]]:
     """The module `cpu_block` with questions, and the names of its block's lines."""
     tree, names = ast.parse(inspect.getsource(cpu_block)), []
     for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == "Shape":
-            node.body += ast.parse("lines: Any").body
         if isinstance(node, ast.FunctionDef) and node.name == "update_block":
             node.body = numbered(node.body, windowed, names)
     module = types.ModuleType("cpu_block_in_lines")
@@ -66,25 +66,22 @@ def in_lines(windowed: bool) -> tuple[Any, list[str]]:
 
 def driver(block: Any) -> Any:
     """A compiled function that runs the first lines of all blocks of some arrays."""
-    shape_of, launch_of, row_of, scalars_of = (
-        block.Shape,
-        block.Launch,
-        block.Row,
-        block.Scalars,
-    )
-    update_rows, same = block.update_rows, block.same
+    launch_of, row_of, scalars_of = cpu_data.Launch, cpu_data.Row, cpu_data.Scalars
+    update_rows, same = block.update_rows, cpu_data.same
 
     @njit(error_model="numpy")
     def run(addresses, numbers, lines):
         size, parts, width, lanes, k, slots, rows = numbers
-        shape = shape_of(
+        shape = Shape(
             size, parts, width, lanes, lanes * parts, BITS, k, slots, 0, 1, lines
         )
         weights = pointer(addresses[5], float32)
         one, zero = float32(1), float32(0)
         scalars = scalars_of(one, one, float32(1e-8), zero, weights, zero, one)
+        gradient = pointer(addresses[0], float32)
         arrays = row_of(
-            pointer(addresses[0], float32),
+            gradient,
+            gradient,
             pointer(addresses[1], uint8),
             pointer(addresses[2], uint16),
             pointer(addresses[3], uint8),

@@ -29,7 +29,7 @@ import kernels
 from common import report
 from gpu import with_float32_state
 from microadam_optax import microadam
-from microadam_optax._models import shapes_of
+from microadam_optax.planner.models import shapes_of
 from peak_memory import CONFIG, block, cross_entropy, normalized, of_layer
 
 RATE = 1e-3  # plays no part in what is held

@@ -14,8 +14,9 @@ import optax
 
 from common import SETTINGS, report, transformations
 from microadam_optax import microadam
-from microadam_optax._models import MODELS, shapes_of
 from microadam_optax.memory import optimizer_bytes
+from microadam_optax.planner.models import shapes_of
+from microadam_optax.planner.sizes import MODELS
 
 SHOWN = {"Llama-2-7B": "llama2-7b", "GPT-2 small": "gpt2"}
 LEAVES = {  # shape, dtype and number

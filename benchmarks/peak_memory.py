@@ -23,7 +23,7 @@ import optax
 
 from common import SETTINGS, report
 from microadam_optax import microadam
-from microadam_optax._models import shapes_of
+from microadam_optax.planner.models import shapes_of
 
 CONFIG = {
     "model_type": "llama",

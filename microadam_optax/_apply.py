@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from microadam_optax._checks import name
+from microadam_optax._paths import shown
 
 
 def apply_updates_stochastic(params: Any, updates: Any, key: jax.Array) -> Any:
@@ -88,7 +88,7 @@ def _pairs(params: Any, updates: Any) -> tuple[list[tuple[Any, Any]], Any]:
     given = tree.flatten_up_to(updates)
     for (path, leaf), update in zip(leaves, given, strict=True):
         if update is None and leaf is not None:
-            raise TypeError(f"`updates` has None for {name(path)}, which is an array.")
+            raise TypeError(f"`updates` has None for {shown(path)}, which is an array.")
     return [(leaf, u) for (_, leaf), u in zip(leaves, given, strict=True)], tree
 
 

@@ -8,10 +8,14 @@ is a valid spec of all of them.
 """
 
 import math
-from typing import NamedTuple
+import numbers
+import operator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from microadam_optax._paths import shown
 
 _MIN_CELL = 64  # a cell of the default grid holds at least this many elements
 
@@ -42,7 +46,7 @@ class Layout(NamedTuple):
         return self.cell != self.blocks * self.block
 
 
-def layout(
+def layout_of(
     shape: tuple[int, ...],
     block_size: int,
     shards: int = 8,
@@ -82,28 +86,53 @@ def default_grid(shape: tuple[int, ...], block_size: int, shards: int) -> tuple[
     return (*shape[:first], cut, *(1 for _ in shape[first + 1 :]))
 
 
-def contiguous(at: Layout) -> bool:
+def is_grid(x: Any) -> bool:
+    """Whether something is a sequence of positive integers."""
+    return isinstance(x, tuple | list) and all(
+        isinstance(n, numbers.Integral) and int(n) >= 1 for n in x
+    )
+
+
+def check_grid(path: Any, shape: tuple[int, ...], grid: Any) -> tuple[int, ...] | None:
+    """A leaf's grid as a tuple; ValueError if it does not cut it into equal cells."""
+    if grid is None:
+        return None
+    if (
+        not is_grid(grid)
+        or len(grid) != len(shape)
+        or any(map(operator.mod, shape, grid))
+    ):
+        raise ValueError(
+            f"`grid` of {shown(path)} must be a tuple of positive divisors of its "
+            f"shape {shape}, one an axis, got {grid!r}."
+        )
+    return tuple(int(n) for n in grid)
+
+
+def contiguous(layout: Layout) -> bool:
     """Whether the cells lie in a leaf one after another: `split` moves nothing."""
-    whole = [n // g > 1 for n, g in zip(at.shape, at.grid, strict=True)]
-    return True not in whole or not any(g > 1 for g in at.grid[whole.index(True) + 1 :])
+    whole = [n // g > 1 for n, g in zip(layout.shape, layout.grid, strict=True)]
+    return True not in whole or not any(
+        g > 1 for g in layout.grid[whole.index(True) + 1 :]
+    )
 
 
-def split(leaf: jax.Array, at: Layout) -> jax.Array:
-    """A leaf ``at.shape`` as cells ``(*at.grid, at.cell)``."""
-    grid = zip(at.shape, at.grid, strict=True)
+def split(leaf: jax.Array, layout: Layout) -> jax.Array:
+    """A leaf ``layout.shape`` as cells ``(*layout.grid, layout.cell)``."""
+    grid = zip(layout.shape, layout.grid, strict=True)
     boxes = leaf.reshape(tuple(n for size, g in grid for n in (g, size // g)))
-    rank = len(at.shape)
+    rank = len(layout.shape)
     order = (*range(0, 2 * rank, 2), *range(1, 2 * rank, 2))
-    return boxes.transpose(order).reshape((*at.grid, at.cell))
+    return boxes.transpose(order).reshape((*layout.grid, layout.cell))
 
 
-def join(cells: jax.Array, at: Layout) -> jax.Array:
+def join(cells: jax.Array, layout: Layout) -> jax.Array:
     """The inverse of `split`."""
-    inner = tuple(n // g for n, g in zip(at.shape, at.grid, strict=True))
-    boxes = cells.reshape((*at.grid, *inner))
-    rank = len(at.shape)
+    inner = tuple(n // g for n, g in zip(layout.shape, layout.grid, strict=True))
+    boxes = cells.reshape((*layout.grid, *inner))
+    rank = len(layout.shape)
     order = [axis for i in range(rank) for axis in (i, rank + i)]
-    return boxes.transpose(order).reshape(at.shape)
+    return boxes.transpose(order).reshape(layout.shape)
 
 
 def pad(cells: jax.Array, blocks: int, block: int) -> jax.Array:

@@ -5,6 +5,7 @@ pieces bounds that memory. On CPUs they fit a core's cache, which is faster too;
 they are large, for each takes some ten launches and more.
 """
 
+import functools
 import math
 import operator
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from jax import lax
 ELEMENTS = 2**18  # a piece of float32 is then 1 MiB
 ELEMENTS_ON_GPUS = 2**23  # there pieces are for memory alone
 LARGER = 4  # times that, pieces may be, if they are equal
+_REWRITES = jax.__version_info__ < (0, 12)  # XLA for CPUs, before
 
 
 class Cut(NamedTuple):
@@ -52,22 +54,11 @@ def plan(
       elements: of a piece, as wanted; `ELEMENTS`, if not given.
     """
     wanted = max(1, math.prod(shape) // (elements or ELEMENTS))
-
-    def most(axis: int) -> int:
-        return shape[axis] // math.gcd(shape[axis], devices)
-
-    def equal(axis: int) -> int:
-        n = most(axis)
-        return max(i for i in range(1, min(wanted, n) + 1) if n % i == 0)
-
-    axis, pieces = max(
-        ((axis, equal(axis)) for axis in axes),
-        key=operator.itemgetter(1),
-        default=(0, 1),
-    )
+    lengths = [(axis, shape[axis] // math.gcd(shape[axis], devices)) for axis in axes]
+    equal = [(axis, _largest_divisor(length, wanted)) for axis, length in lengths]
+    axis, pieces = max(equal, key=operator.itemgetter(1), default=(0, 1))
     if pieces * LARGER >= wanted:
         return Cut(axis, shape[axis] // pieces if axes else 1, 1, pieces)
-    lengths = [(axis, most(axis)) for axis in axes]
     if blocks is not None:
         lengths.append((len(shape) - 1, blocks - 1))
     axis, length = max(lengths, key=operator.itemgetter(1))
@@ -78,13 +69,17 @@ def plan(
     return Cut(axis, math.gcd(shape[axis], devices), size, pieces, rest)
 
 
+def _largest_divisor(n: int, most: int) -> int:
+    return max(i for i in range(1, min(most, n) + 1) if n % i == 0)
+
+
 def in_chunks(
     f: Callable[[Any], Any],
     arrays: Any,
     starts: Any,
     units: Any,
     cut: Cut,
-    after: jax.Array,
+    token: jax.Array,
 ) -> tuple[Any, jax.Array]:
     """``write(arrays, f(arrays), starts)``, computed in pieces of an axis.
 
@@ -94,73 +89,95 @@ def in_chunks(
       starts: as in `write`.
       units: how many indices of that axis each array has where others have one.
       cut: of `plan`; `f` sees pieces of that axis.
-      after: int32 >= 0 that another call returned, to run after it and so in the
+      token: int32 >= 0 that another call returned, to run after it and so in the
         same temporary memory.
 
     Returns:
-      Arrays like `arrays`, which XLA writes over the inputs, and the next `after`.
+      Arrays like `arrays`, which XLA writes over the inputs, and the next token.
     """
-    axis = cut.axis
-
-    def view(x: jax.Array) -> jax.Array:
-        """``(*lead, kept, length, *rest)`` without axes of size 1.
-
-        XLA would lay those out anew, and copy the array.
-        """
-        lead = [n for n in (*x.shape[:axis], cut.kept) if n > 1]
-        length = x.shape[axis] // cut.kept
-        inner = [n for n in x.shape[axis + 1 : -1] if n > 1]
-        last = x.shape[axis + 1 :][-1:]
-        return _as_bits(x.reshape((*lead, length, *inner, *last)))
-
-    def whole(x: jax.Array, like: jax.Array) -> jax.Array:
-        return _from_bits(x, like.dtype).reshape(like.shape)
-
-    def cut_axis(like: jax.Array) -> int:
-        return sum(n > 1 for n in (*like.shape[:axis], cut.kept))
-
-    def one(i: Any, carry: Any) -> Any:
-        arrays_now, after = carry
-
-        def read(x: jax.Array, like: jax.Array, unit: int) -> jax.Array:
-            begin, length = i * (cut.size * unit), cut.size * unit
-            if isinstance(i, int):  # the last one, whose last block may not be full
-                length = x.shape[cut_axis(like)] - begin
-            piece = lax.dynamic_slice_in_dim(x, begin, length, cut_axis(like))
-            shape = (*like.shape[:axis], cut.kept * length, *like.shape[axis + 1 :])
-            return _from_bits(piece, like.dtype).reshape(shape)
-
-        def put(
-            x: jax.Array, part: jax.Array, like: jax.Array, start: Any, unit: int
-        ) -> jax.Array:
-            at: list[Any] = [0] * x.ndim
-            at[-1] = start
-            at[cut_axis(like)] = i * (cut.size * unit)
-            return lax.dynamic_update_slice(x, view(part), at)
-
-        new = f(jax.tree.map(read, arrays_now, arrays, units))
-        new = jax.tree.map(put, arrays_now, new, arrays, starts, units)
-        return new, jnp.maximum(after, i)
-
-    def begin(x: jax.Array) -> jax.Array:
-        """Cut; arrays that `_as_bits` copies wait for `after`, to share memory."""
-        bits = view(x)
-        return bits | (after < 0).astype(bits.dtype) if bits.dtype != x.dtype else bits
-
-    carry = lax.fori_loop(0, cut.pieces, one, (jax.tree.map(begin, arrays), after))
+    views = jax.tree.map(functools.partial(_begin, cut, token), arrays)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
+    one = functools.partial(_one_piece, f, shapes, starts, units, cut)
+    carry = lax.fori_loop(0, cut.pieces, one, (views, token))
     if cut.rest:
         carry = one(cut.pieces, carry)
-    result, after = carry
-    return jax.tree.map(whole, result, arrays), after
+    views, token = carry
+    return jax.tree.map(_end, views, shapes), token
+
+
+def _one_piece(
+    f: Callable[[Any], Any],
+    shapes: Any,
+    starts: Any,
+    units: Any,
+    cut: Cut,
+    i: Any,
+    carry: tuple[Any, jax.Array],
+) -> tuple[Any, jax.Array]:
+    """Reads piece `i` of all arrays, and writes what `f` makes of it in its place."""
+    views, token = carry
+    read = functools.partial(_read, cut, i)
+    new = f(jax.tree.map(read, views, shapes, units))
+    put = functools.partial(_put, cut, i)
+    views = jax.tree.map(put, views, new, shapes, starts, units)
+    return views, jnp.maximum(token, i)
+
+
+def _begin(cut: Cut, token: jax.Array, x: jax.Array) -> jax.Array:
+    """An array to be cut; one that is copied as bits waits for the token."""
+    bits = _view(cut, x)
+    return bits | (token < 0).astype(bits.dtype) if bits.dtype != x.dtype else bits
+
+
+def _end(view: jax.Array, like: Any) -> jax.Array:
+    """The inverse of `_begin`."""
+    return _from_bits(view, like.dtype).reshape(like.shape)
+
+
+def _view(cut: Cut, x: jax.Array) -> jax.Array:
+    """``(*lead, kept, length, *rest)`` without axes of size 1.
+
+    XLA would lay those out anew, and copy the array.
+    """
+    axis = cut.axis
+    lead = [n for n in (*x.shape[:axis], cut.kept) if n > 1]
+    length = x.shape[axis] // cut.kept
+    inner = [n for n in x.shape[axis + 1 : -1] if n > 1]
+    last = x.shape[axis + 1 :][-1:]
+    return _as_bits(x.reshape((*lead, length, *inner, *last)))
+
+
+def _cut_axis(cut: Cut, like: Any) -> int:
+    """The axis of a view that is cut."""
+    return sum(n > 1 for n in (*like.shape[: cut.axis], cut.kept))
+
+
+def _read(cut: Cut, i: Any, view: jax.Array, like: Any, unit: int) -> jax.Array:
+    axis = _cut_axis(cut, like)
+    begin, length = i * (cut.size * unit), cut.size * unit
+    if isinstance(i, int):  # the last one, whose last block may not be full
+        length = view.shape[axis] - begin
+    piece = lax.dynamic_slice_in_dim(view, begin, length, axis)
+    shape = (*like.shape[: cut.axis], cut.kept * length, *like.shape[cut.axis + 1 :])
+    return _from_bits(piece, like.dtype).reshape(shape)
+
+
+def _put(
+    cut: Cut, i: Any, view: jax.Array, part: jax.Array, like: Any, start: Any, unit: int
+) -> jax.Array:
+    at: list[Any] = [0] * view.ndim
+    at[-1] = start
+    at[_cut_axis(cut, like)] = i * (cut.size * unit)
+    return lax.dynamic_update_slice(view, _view(cut, part), at)
 
 
 def write(arrays: Any, parts: Any, starts: Any) -> Any:
     """Replaces a part of the last axis of each array, from its start on."""
+    return jax.tree.map(_write, arrays, parts, starts)
 
-    def put(x: jax.Array, part: jax.Array, start: Any) -> jax.Array:
-        return lax.dynamic_update_slice_in_dim(x, part, start, x.ndim - 1)
 
-    return jax.tree.map(put, arrays, parts, starts)
+def _write(x: jax.Array, part: jax.Array, start: Any) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(x, part, start, x.ndim - 1)
 
 
 def fence(tree: Any, always: jax.Array) -> Any:
@@ -175,8 +192,9 @@ def fence(tree: Any, always: jax.Array) -> Any:
 
 
 def _as_bits(x: jax.Array) -> jax.Array:
-    """16-bit floats as integers: XLA for CPU rewrites all of them to change a part."""
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+    """16-bit floats as integers, where XLA would rewrite all of them to change a part."""
+    rewritten = _REWRITES and x.dtype.itemsize == 2
+    return lax.bitcast_convert_type(x, jnp.uint16) if rewritten else x
 
 
 def _from_bits(x: jax.Array, dtype: Any) -> jax.Array:

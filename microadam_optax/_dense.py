@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from microadam_optax import _checks
+from microadam_optax import _checks, _paths
+from microadam_optax._paths import shown
 
 
 def smaller_than(size: int) -> Callable[[Any, Any], bool]:
@@ -36,7 +37,7 @@ def smaller_than(size: int) -> Callable[[Any, Any], bool]:
       >>> state.codes["b"], state.mu["b"].shape
       (MaskedNode(), (64,))
     """
-    _checks.check_size(size)
+    _checks.check_integer("size", size, "an integer")
     return _SmallerThan(size)
 
 
@@ -98,7 +99,7 @@ class _Matching:
 
     def __call__(self, path: Any, leaf: Any = _MISSING) -> bool:
         _check_leaf_given(self, leaf)
-        return re.search(self.pattern, _checks.key(path)) is not None
+        return re.search(self.pattern, _paths.slashed(path)) is not None
 
 
 def _check_leaf_given(dense: Any, leaf: Any) -> None:
@@ -136,13 +137,12 @@ def choose(dense: Any, params: Any) -> list[bool]:
     for (path, _), choice in zip(leaves, choices, strict=True):
         if not isinstance(choice, bool | np.bool_):
             raise TypeError(
-                f"`dense` must give a bool a leaf, got {choice!r} for "
-                f"{_checks.name(path)}."
+                f"`dense` must give a bool a leaf, got {choice!r} for {shown(path)}."
             )
     if isinstance(dense, _Matching) and not any(choices):
         raise ValueError(
             f"`dense={dense}` matches no leaf; the path of one is "
-            f"{_checks.key(leaves[0][0])!r}."
+            f"{_paths.slashed(leaves[0][0])!r}."
         )
     return [bool(choice) for choice in choices]
 
@@ -184,17 +184,14 @@ def _per_leaf(dense: Any, params: Any) -> list[Any]:
 
 
 def _difference(dense: Any, params: Any) -> str:
-    given, known = (
-        [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-        for tree in (dense, params)
-    )
+    given, known = _paths.of(dense), _paths.of(params)
     covered = {path[:size] for path in known for size in range(len(path) + 1)}
     extra = [path for path in given if path not in covered]
     missing = [
         path for path in known if not any(path[: len(own)] == own for own in given)
     ]
     if extra:
-        return f"the parameters have no {_checks.name(extra[0])}"
+        return f"the parameters have no {shown(extra[0])}"
     if missing:
-        return f"it has nothing for {_checks.name(missing[0])}"
+        return f"it has nothing for {shown(missing[0])}"
     return "the containers differ in type"

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from microadam_optax import _blocks, _quantize
-from microadam_optax._checks import key, name
-from microadam_optax._fit import Form, form_of
+from microadam_optax import _blocks, _paths, _quantize
+from microadam_optax._form import Form, form_of
+from microadam_optax._paths import shown
 from microadam_optax._state import LeafState, MicroAdamState
 
 
@@ -132,8 +132,10 @@ def _by_path(tree: Any) -> dict[Any, Any]:
 
 def _names(paths: Collection[Any]) -> list[str]:
     """Paths with slashes, but with brackets where two would read alike."""
-    times = collections.Counter(map(key, paths))
-    return [name(x) if times[key(x)] > 1 else key(x) for x in paths]
+    short = [_paths.slashed(x) for x in paths]
+    times = collections.Counter(short)
+    pairs = zip(paths, short, strict=True)
+    return [shown(path) if times[x] > 1 else x for path, x in pairs]
 
 
 def _sums_of(path: Any, node: MicroAdamState, gradient: Any, update: Any) -> _Sums:
@@ -143,12 +145,12 @@ def _sums_of(path: Any, node: MicroAdamState, gradient: Any, update: Any) -> _Su
     window = 1 if node.ages is None else node.ages.size + 1
     like = update if gradient is None else gradient
     if like is None:
-        raise ValueError(f"Nothing is given for {name(path)}, which the state knows.")
+        raise ValueError(f"Nothing is given for {shown(path)}, which the state knows.")
     shapes = LeafState(*(None if x is None else x.shape for x in leaf))
     form = form_of(like.shape, shapes, window)
     if form is None:
         raise ValueError(
-            f"The optimizer state of {name(path)} is not that of an array of shape "
+            f"The optimizer state of {shown(path)} is not that of an array of shape "
             f"{like.shape}."
         )
     error, rounding = _error_squares(leaf, like.shape, form)
@@ -173,10 +175,10 @@ def _error_squares(
 ) -> tuple[jax.Array, jax.Array]:
     """Squares of the error, and those expected of its last rounding."""
     blocks = leaf.codes.shape[-2]
-    at = _blocks.Layout(shape, form.grid, blocks, form.block)
+    layout = _blocks.Layout(shape, form.grid, blocks, form.block)
     error = _quantize.dequantize(leaf.codes, leaf.ranges, form.bits)
     step = leaf.ranges[..., 0].astype(jnp.float32)
-    last = at.cell - (blocks - 1) * form.block  # the others are full
+    last = layout.cell - (blocks - 1) * form.block  # the others are full
     sizes = jnp.full(blocks, form.block, jnp.float32).at[-1].set(last)
     return jnp.sum(error**2), jnp.sum(step**2 / 12 * sizes)
 

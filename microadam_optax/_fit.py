@@ -1,109 +1,161 @@
-"""What the shapes of a state tell of how it was made, and whether it fits a gradient."""
+"""Whether a saved optimizer state is one that a transformation can go on with."""
 
-import math
-import operator
-from typing import Any, NamedTuple
+import functools
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
 
-from microadam_optax._blocks import Layout, block_of, layout
-from microadam_optax._checks import name
-from microadam_optax._state import (
-    LeafState,
-    MicroAdamState,
-    Moments,
-    Settings,
-    is_masked,
-    shapes,
-)
+from microadam_optax import _state
+from microadam_optax._blocks import Layout
+from microadam_optax._form import Form, form_of, forms, shape_of
+from microadam_optax._paths import shown
+from microadam_optax._state import LeafState, MicroAdamState, Moments, Settings
 
-
-class Form(NamedTuple):
-    """What the shapes of a leaf's state tell of how it was made."""
-
-    window: int
-    bits: int
-    block: int  # elements in a block, at most `block_size`
-    k: int | None  # entries selected in a block; None at window 1
-    grid: tuple[int, ...]
+Names = tuple[str, ...]
+Arrays = dict[Names, jax.ShapeDtypeStruct]
 
 
-def form_of(shape: tuple[int, ...], state: LeafState, window: int) -> Form | None:
-    """The form of a state given as shapes; None if it is not that of such a leaf."""
-    if any(x is not None and len(x) != len(shape) + 2 for x in state):
-        return None
-    *grid, blocks, width = state.codes
-    divides = all(n and size % n == 0 for size, n in zip(shape, grid, strict=True))
-    kept = state.indices is not None
-    if not divides or not blocks or kept != (window > 1):
-        return None
-    block = block_of(Layout(shape, tuple(grid), blocks, 0).cell, blocks)
-    bits, rest = divmod(width * 8, block)
-    k = None
-    if kept:
-        k, no_k = divmod(state.indices[-1], window - 1)
-        rest += no_k
-    form = Form(window, bits, block, k, tuple(grid))
-    settings = Settings(window, (k or 1) / block, 0, bits, 0.0)
-    at = Layout(shape, form.grid, blocks, block)
-    return form if not rest and state == shapes(at, settings) else None
+def check_checkpoint(saved: Any, tx: optax.GradientTransformation, params: Any) -> None:
+    """Refuses a saved state that was made with other arguments, before it is restored.
 
+    Checkpoint libraries compare the shapes of arrays one by one; this tells what they
+    mean. It needs shapes only: nothing is read or allocated.
 
-def check_structure(updates: Any, state: Any) -> None:
-    """Raises an error if the gradients are not a tree like the state's."""
-    if not isinstance(state, MicroAdamState):
-        raise TypeError(
-            "The optimizer state must be a MicroAdamState, got a "
-            f"{type(state).__name__}: it was made by another transformation or by an "
-            "earlier version, or restored without its structure."
-        )
+    Args:
+      saved: the state of `tx`, any optax chain, as it was saved: arrays, shapes, or
+        what Orbax gives as metadata; dicts and lists may stand for named tuples.
+      tx: the transformation that shall go on with it.
+      params: the parameters or their shapes.
 
-    def kept(codes: Any, mu: Any) -> Any:
-        return mu if is_masked(codes) else codes
+    Raises:
+      ValueError: another window, block size, number of bits, density or grid, with
+        both values; or an array is missing or has another shape or dtype.
 
-    state_tree = state.codes
-    if state.mu is not None:
-        state_tree = jax.tree.map(kept, state.codes, state.mu, is_leaf=is_masked)
-    structures: list[Any] = [jax.tree.structure(x) for x in (updates, state_tree)]
-    if structures[0] == structures[1]:
-        return
-    given, known = (
-        [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-        for tree in (updates, state_tree)
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from microadam_optax import check_checkpoint, microadam
+      >>> params = {"w": jnp.zeros((512, 256))}
+      >>> saved = jax.eval_shape(microadam(1e-3, window=4).init, params)
+      >>> check_checkpoint(saved, microadam(1e-3, window=4), params)
+      >>> check_checkpoint(saved, microadam(1e-3), params)
+      Traceback (most recent call last):
+      ValueError: The optimizer state of ['w'] was made with `window` 4, but this \
+transformation has `window` 2.
+    """
+    expected = jax.eval_shape(tx.init, params)
+    found, wanted = _arrays(saved), _arrays(expected)
+    nodes = jax.tree_util.tree_leaves_with_path(
+        expected, is_leaf=lambda x: isinstance(x, MicroAdamState)
     )
-    missing = [name(path) for path in known if path not in given]
-    extra = [name(path) for path in given if path not in known]
-    if missing:
-        difference = f"there is no gradient for {missing[0]}"
-    elif extra:
-        difference = f"the state knows no {extra[0]}"
-    else:
-        difference = "the containers differ in type"
-    raise ValueError(
-        "The gradient tree does not match the optimizer state: "
-        f"{difference} ({len(given)} leaves given, {len(known)} in the state)."
-    )
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    _check_version(found)
+    for prefix, node in nodes:
+        if isinstance(node, MicroAdamState):
+            here = _names(prefix)
+            if (*here, "count") in found:
+                _state.check_key(found.get((*here, "key")), (*here, "key") in wanted)
+            _check_dense(here, [path for path, _ in leaves], found, wanted)
+            for path, leaf in leaves:
+                _check_leaf(here, path, jnp.shape(leaf), found, wanted)
+    _check_arrays(found, wanted)
 
 
-def check_key(key: Any, stochastic_rounding: bool) -> None:
-    """Raises ValueError if a state was made for the other way of rounding."""
-    if (key is not None) != stochastic_rounding:
+def _check_arrays(found: Arrays, wanted: Arrays) -> None:
+    """Compares all arrays, one by one."""
+    for at, array in wanted.items():
+        if at not in found:
+            have, need = "nothing", f"an array of shape {array.shape}"
+        elif found[at].shape != array.shape:
+            have, need = found[at].shape, f"an array of shape {array.shape}"
+        elif found[at].dtype != array.dtype:
+            have, need = found[at].dtype.name, array.dtype.name
+        else:
+            continue
         raise ValueError(
-            "The optimizer state was made with `stochastic_rounding` "
-            f"{key is not None}, but this transformation has {stochastic_rounding}."
+            f"The saved optimizer state has {have} at {'/'.join(at)}, where this "
+            f"transformation has {need}."
+        )
+    extra = next((at for at in found if at not in wanted), None)
+    if extra is not None:
+        raise ValueError(
+            f"The saved optimizer state has an array at {'/'.join(extra)}, where this "
+            "transformation has none."
         )
 
 
-def check_not_transposed(updates: Any, params: Any) -> None:
-    """Raises ValueError if a gradient is transposed: it may fit the state, too."""
-    for path, gradient in jax.tree_util.tree_leaves_with_path(updates):
-        given = jax.numpy.shape(gradient)
-        known = params.get(path, given)
-        if given != known and sorted(given) == sorted(known):
-            raise ValueError(
-                f"The gradient of {name(path)} has the shape {given}, but its parameter "
-                f"{known}."
-            )
+def _check_version(found: Arrays) -> None:
+    """Refuses what version 0.1 made with `dense`."""
+    nested = ("inner_states", "dense", "inner_state", "mu")
+    dense = [
+        at for at in found if nested in zip(*(at[i:] for i in range(4)), strict=False)
+    ]
+    if dense:
+        first = "/".join(dense[0][dense[0].index("mu") + 1 :])
+        more = f" and {len(dense) - 1} more" if len(dense) > 1 else ""
+        raise ValueError(
+            "The saved optimizer state is nested (`inner_states`), as an earlier version "
+            f"made it with a `dense` that names {first}{more}; a state made with the "
+            "same `dense` now holds the same arrays, under other paths."
+        )
+
+
+def _check_dense(here: Names, paths: list[Any], found: Arrays, wanted: Arrays) -> None:
+    """Compares which leaves are dense and which compressed."""
+    having = functools.partial(_having, here, paths)
+    was, now = having(found, "mu"), having(wanted, "mu")
+    differ = [x for x in having(found, "codes") if x in now]
+    differ += [x for x in was if x in having(wanted, "codes")]
+    if differ:
+        names = ", ".join(shown(path) for path in was)
+        made = f"a `dense` that names {names}" if was else "`dense=None`, or other shapes"
+        raise ValueError(
+            f"The saved optimizer state was made with {made}, but the `dense` of this "
+            f"transformation {'names' if differ[0] in now else 'lacks'} "
+            f"{shown(differ[0])}."
+        )
+
+
+def _having(here: Names, paths: list[Any], arrays: Arrays, field: str) -> list[Any]:
+    return [x for x in paths if (*here, field, *_names(x)) in arrays]
+
+
+def _check_leaf(
+    here: Names, path: Any, shape: tuple[int, ...], found: Arrays, wanted: Arrays
+) -> None:
+    """Compares what two sets of arrays tell of a leaf, if both tell something."""
+    states, told = [], []
+    for arrays in (found, wanted):
+        ages = arrays.get((*here, "ages"))
+        of = (arrays.get((*here, x, *_names(path))) for x in LeafState._fields)
+        states.append(LeafState(*(None if x is None else x.shape for x in of)))
+        window = 1 if ages is None else ages.size + 1
+        codes = states[-1].codes
+        told.append(form_of(shape, states[-1], window) if codes else None)
+    made, asked = told
+    if asked and states[0].codes:
+        check_form(path, shape, states[0], made, asked)
+
+
+def _arrays(tree: Any) -> Arrays:
+    """The arrays as they are saved, by the names on their way."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {_names(path): _as_saved(leaf) for path, leaf in leaves}
+
+
+def _as_saved(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Of a typed PRNG key its raw data, of a Python number the array it becomes."""
+    shape = tuple(leaf.shape) if hasattr(leaf, "shape") else jnp.shape(leaf)
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        return jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(shape, dtype))
+    return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype))
+
+
+def _names(path: Any) -> Names:
+    """A path without the types of its containers, of which a checkpoint keeps none."""
+    return tuple(jax.tree_util.keystr((x,), simple=True) for x in path)
 
 
 def check_state(
@@ -118,42 +170,29 @@ def check_state(
     if isinstance(state, Moments) and state.mu.shape != shape:
         raise ValueError(_other_shape(path, state.mu.shape, shape))
     if isinstance(state, LeafState) and dense:
-        check_made_for(path, shape, state, ages, settings)
+        _check_made_for(path, shape, state, ages, settings)
     if isinstance(state, Moments) != dense:
         raise ValueError(
-            f"The optimizer state of {name(path)} is "
+            f"The optimizer state of {shown(path)} is "
             + ("compressed, but `dense` names" if dense else "dense, but `dense` lacks")
             + " it: it was made with another `dense`"
             + (" (None compresses every leaf), or for another shape." if dense else ".")
         )
     if isinstance(state, Moments):
         return None
-    found, made, asked, at = _forms(shape, state, ages, settings)
+    found, made, asked, layout = forms(shape, state, ages, settings)
     check_form(path, shape, found, made, asked)
-    return at
+    return layout
 
 
-def check_made_for(
+def _check_made_for(
     path: Any, shape: tuple[int, ...], state: LeafState, ages: Any, settings: Settings
 ) -> None:
     """Raises ValueError if a compressed leaf's state tells of another shape."""
-    found, made, asked, _ = _forms(shape, state, ages, settings)
+    found, made, asked, _ = forms(shape, state, ages, settings)
     other = shape_of(found, shape, asked) if made is None else None
     if other:
         raise ValueError(_other_shape(path, other, shape))
-
-
-def _forms(
-    shape: tuple[int, ...], state: LeafState, ages: Any, settings: Settings
-) -> tuple[LeafState, Form | None, Form, Layout]:
-    """Shapes of a state, what they tell, what is asked, and the layout of that."""
-    window = 1 if ages is None else ages.size + 1
-    found = LeafState(*(None if x is None else x.shape for x in state))
-    made = form_of(shape, found, window)
-    at = layout(shape, settings.block_size, grid=made.grid if made else None)
-    k = settings.k(at.block) if settings.window > 1 else None
-    asked = Form(settings.window, settings.bits, at.block, k, at.grid)
-    return found, made, asked, at
 
 
 def check_form(
@@ -189,7 +228,7 @@ def check_form(
         raise ValueError(_other_shape(path, other, shape))
     if made is None:
         raise ValueError(
-            f"The optimizer state of {name(path)} is not that of a gradient of shape "
+            f"The optimizer state of {shown(path)} is not that of a gradient of shape "
             f"{shape}; its arrays have the shapes {state}."
         )
     then, now = (
@@ -198,52 +237,13 @@ def check_form(
     )
     unless = f", or the leaf had the shape {other}" if other else ""
     raise ValueError(
-        f"The optimizer state of {name(path)} was made with {then}, but this "
+        f"The optimizer state of {shown(path)} was made with {then}, but this "
         f"transformation has {now}{unless}."
     )
 
 
-def shape_of(
-    state: LeafState, like: tuple[int, ...], asked: Form
-) -> tuple[int, ...] | None:
-    """The shape of a leaf with this state in a form as asked, None if there is none.
-
-    Such as that of a model with another width, or another vocabulary: of all shapes
-    that differ from `like` in one axis, or before it as the grid tells, the nearest. If
-    cells are padded, the largest that fits.
-    """
-    *grid, blocks, width = state.codes
-    block, rest = divmod(width * 8, asked.bits)
-    if rest or not blocks or len(grid) != len(like) or not _same_density(state, asked):
-        return None
-    found = []
-    for axis in reversed(range(len(grid))):
-        for lead in (like[:axis], tuple(grid[:axis])):
-            others = lead + like[axis + 1 :]
-            cuts = grid[:axis] + grid[axis + 1 :]
-            if any(map(operator.mod, others, cuts)) or not math.prod(others):
-                continue
-            inner = math.prod(map(operator.floordiv, others, cuts))
-            size = blocks * block // inner
-            if size and block_of(size * inner, blocks) == block:
-                found.append((*lead, grid[axis] * size, *like[axis + 1 :]))
-    if like in found:
-        return None
-    differing = [sum(map(operator.ne, shape, like)) for shape in found]
-    return min(zip(differing, found, strict=True), default=(0, None))[1]
-
-
-def _same_density(state: LeafState, asked: Form) -> bool:
-    """Whether a state has as many entries as in a form, up to their rounding."""
-    if asked.k is None or state.indices is None:
-        return asked.k is None and state.indices is None
-    block = state.codes[-1] * 8 // asked.bits
-    k, rest = divmod(state.indices[-1], asked.window - 1)
-    return not rest and abs(k * asked.block - asked.k * block) <= max(block, asked.block)
-
-
 def _other_shape(path: Any, made: tuple[int, ...], given: tuple[int, ...]) -> str:
     return (
-        f"The optimizer state of {name(path)} is that of a leaf of shape {made} (up to "
+        f"The optimizer state of {shown(path)} is that of a leaf of shape {made} (up to "
         f"padding), but this leaf has the shape {given}."
     )

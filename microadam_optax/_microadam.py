@@ -1,7 +1,8 @@
 """START HERE: MicroAdam as an optax gradient transformation.
 
-`scale_by_microadam` walks the tree of gradients; what happens to one leaf is in
-`_leaf.py`, in the order of the paper's Algorithm 1; what is kept, in `_state.py`.
+The way of a gradient: `_tree.py` walks the leaves, `_leaf.py` updates one of them,
+`_dispatch.py` says who computes it, `_step.py` is Algorithm 1 on its blocks, and what is
+kept is in `_state.py`.
 """
 
 import functools
@@ -10,12 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from microadam_optax import _blocks, _checks, _dense, _fit, _leaf, _specs, _window
-from microadam_optax import _state as _states
-from microadam_optax._state import MicroAdamState
+from microadam_optax import _checks, _dense, _tree
+from microadam_optax._state import MicroAdamState, Settings
 
 PAPER: dict[str, Any] = {
     "window": 10,
@@ -127,112 +126,23 @@ def scale_by_microadam(
         implementation=implementation,
     )
     _checks.check_decays(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
-    settings = _states.Settings(
+    _dense.check_function(dense)
+    settings = Settings(
         window, density, block_size, error_bits, alpha, implementation, match_adam
     )
-
-    _dense.check_function(dense)
-    adam = optax.scale_by_adam(b1, b2, eps, eps_root)
-
-    def init_fn(params: optax.Params) -> MicroAdamState:
-        leaves, tree = _flatten(params)
-        choices = _dense.choose(dense, params)
-        grids = _grids(grid, params)
-        layouts = []
-        for (path, leaf), is_dense, cut in zip(leaves, choices, grids, strict=True):
-            _checks.check_leaf("Parameters", path, leaf, is_dense)
-            cut = _checks.check_grid(path, jnp.shape(leaf), cut)
-            at = _blocks.layout(jnp.shape(leaf), block_size, shards, cut)
-            if not is_dense:
-                _checks.check_kernel(path, jnp.result_type(leaf), at, settings)
-            layouts.append(at)
-        key = None
-        if stochastic_rounding:
-            key = jax.random.key_data(jax.random.key(seed, impl=_leaf.PRNG))
-        moments = adam.init([x for (_, x), d in zip(leaves, choices, strict=True) if d])
-        pairs = zip(moments.mu, moments.nu, strict=True)
-        states = [
-            _states.Moments(*next(pairs))
-            if is_dense
-            else _specs.vary(
-                _states.zeros(at, settings, _specs.of(leaf)), _specs.varying(leaf)
-            )
-            for (_, leaf), is_dense, at in zip(leaves, choices, layouts, strict=True)
-        ]
-        ages = _window.first(window - 1) if window > 1 else None
-        return _states.pack(
-            moments.count, ages, key, states, tree, mixed=dense is not None
-        )
+    decays = b1, b2, eps, eps_root
+    options = _tree.Options(
+        settings, decays, shards, grid, dense, stochastic_rounding, seed
+    )
 
     def update_fn(
         updates: optax.Updates,
         state: MicroAdamState,
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, MicroAdamState]:
-        _fit.check_structure(updates, state)
-        _fit.check_key(state.key, bool(stochastic_rounding))
-        if params is not None:
-            known = jax.tree_util.tree_leaves_with_path(params)
-            _fit.check_not_transposed(updates, {path: jnp.shape(x) for path, x in known})
-        leaves, tree = _flatten(updates)
-        states = _states.unpack(state, tree)
-        choices = [isinstance(old, _states.Moments) for old in states]
-        if not _specs.is_manual():  # else what `dense` sees need not be a whole leaf
-            choices = _dense.choose(dense, updates)
-        layouts = []
-        for (path, gradient), old, is_dense in zip(leaves, states, choices, strict=True):
-            _checks.check_leaf("Gradients", path, gradient, is_dense)
-            shape = jnp.shape(gradient)
-            at = _fit.check_state(path, shape, old, state.ages, settings, is_dense)
-            if at is not None:
-                _checks.check_kernel(path, jnp.result_type(gradient), at, settings)
-            layouts.append(at)
-        float32 = functools.partial(jnp.asarray, dtype=jnp.float32)
-        count = optax.safe_increment(state.count)
-        old_ages = None if state.ages is None else _window.valid(state.ages)
-        numbers = float32(b1), float32(b2), float32(eps), float32(eps_root)
-        step = _leaf.Step(count, old_ages, *numbers, None)
-        if state.key is not None:
-            key = jax.random.wrap_key_data(state.key, impl=_leaf.PRNG)
-            step = step._replace(key=jax.random.fold_in(key, state.count))
-        new = _update_dense(adam, [x for _, x in leaves], states, state.count)
-        gradients = jax.tree.leaves(_promoted(updates, params))
-        after = state.count  # a number that is never negative
-        for number, (gradient, old, at) in enumerate(
-            zip(gradients, states, layouts, strict=True)
-        ):
-            if at is None or isinstance(old, _states.Moments):
-                continue
-            leaf = _leaf.Leaf(jnp.asarray(gradient), *old, None)
-            own = _leaf.for_leaf(step, number)
-            leaf, after = _leaf.update_leaf(leaf, own, after, at=at, settings=settings)
-            new[number] = leaf.gradient, leaf.state
-        ages = None if old_ages is None else _window.older(old_ages)
-        results = [new[number] for number in range(len(leaves))]
-        new_states, mixed = [x for _, x in results], state.mu is not None
-        new_state = _states.pack(count, ages, state.key, new_states, tree, mixed)
-        return tree.unflatten(x for x, _ in results), new_state
+        return _tree.update(options, updates, state, params)
 
-    return optax.GradientTransformation(init_fn, update_fn)
-
-
-def _update_dense(
-    adam: optax.GradientTransformation,
-    gradients: list[Any],
-    states: list[_states.LeafState | _states.Moments],
-    count: jax.Array,
-) -> dict[int, tuple[Any, Any]]:
-    """Updates and states of the dense leaves, by their number."""
-    dense = {i: x for i, x in enumerate(states) if isinstance(x, _states.Moments)}
-    if not dense:
-        return {}
-    mu, nu = ([getattr(x, name) for x in dense.values()] for name in ("mu", "nu"))
-    old = optax.ScaleByAdamState(count, mu, nu)
-    updates, new = adam.update([gradients[i] for i in dense], old)
-    # optax lets them take the dtype of a wider gradient, and a scan then fails.
-    kept = jax.tree.map(lambda x, like: x.astype(like.dtype), new, old)
-    moments = map(_states.Moments, kept.mu, kept.nu)
-    return dict(zip(dense, zip(updates, moments, strict=True), strict=True))
+    return optax.GradientTransformation(functools.partial(_tree.init, options), update_fn)
 
 
 def microadam(
@@ -271,33 +181,54 @@ def microadam(
 
     Args:
       learning_rate: A number or a schedule; may be traced.
-      b1: As in `scale_by_microadam`, like all that is not named here.
-      b2: See `scale_by_microadam`.
-      eps: See `scale_by_microadam`.
-      eps_root: See `scale_by_microadam`.
-      window: See `scale_by_microadam`.
-      density: See `scale_by_microadam`.
-      block_size: See `scale_by_microadam`.
-      error_bits: See `scale_by_microadam`.
-      shards: See `scale_by_microadam`.
-      grid: See `scale_by_microadam`.
-      dense: See `scale_by_microadam`.
-      match_adam: See `scale_by_microadam`.
-      alpha: See `scale_by_microadam`.
-      stochastic_rounding: See `scale_by_microadam`.
-      seed: See `scale_by_microadam`.
+      b1: Decay of the first moment; may be traced.
+      b2: Decay of the second moment; may be traced.
+      eps: Added to the root of the second moment; may be traced.
+      eps_root: Added to the second moment inside the root; may be traced.
+      window: How many sparse gradients the moments are made of, the newest
+        included. The state holds ``window - 1``.
+      density: Share of the entries of each block that is selected, in (0, 1]:
+        ``k = max(1, ceil(density * block))``.
+      block_size: Largest block, a multiple of 8 up to 65536. Up to 256 an index
+        takes one byte, above two.
+      error_bits: Bits of an error code: 2, 4 or 8.
+      shards: The default grid cuts a leaf so that it can be sharded over any
+        divisor of this number without communication.
+      grid: None for the default grids, or a tree like the parameters that has for
+        every leaf a tuple of divisors of its shape, or None.
+      dense: Leaves that are not compressed but scaled by `optax.scale_by_adam` with
+        the same decays, two moments in the parameter's dtype: a function of a leaf's
+        path and the leaf, as for `jax.tree_util.tree_map_with_path`, that looks at
+        nothing but path and shape (`smaller_than`, the default, or `matching`); a tree
+        of bools like the parameters, or a prefix of it; or None for no leaves.
+      match_adam: Whether parameters move about as fast as with Adam at the same rate.
+        The moments are then divided by the weights of the steps that the window holds,
+        where False divides by Adam's as the paper does, and the root of the second, to
+        which `eps` is added, by a number that the window and the density determine: a
+        coordinate has its turn once in ``1 / density`` steps. The state is the same.
+      alpha: Share of the error, in [0, 1), that goes into the update at once
+        instead of being carried on: for training from scratch. 0 is the paper's
+        method.
+      stochastic_rounding: Rounds the error's codes up or down at random, unbiased.
+      seed: Seed of that randomness.
       weight_decay: Decoupled weight decay, times the learning rate as in
-        `optax.adamw`; may be traced. `update` needs the parameters unless it is 0.
+        `optax.adamw`, whose default is 1e-4; may be traced. `update` needs the parameters
+        unless it is 0.
       mask: Which leaves decay: a tree of bools, or a function that returns one.
-      implementation: See `scale_by_microadam`.
+      implementation: ``"xla"``; ``"numba"`` or ``"pallas"``, the fused kernel of a CPU,
+        or of a GPU or TPU; or None to choose: the kernel of a CPU where numba is
+        installed, or of an NVIDIA GPU, else XLA, which never makes a program fail. All
+        give the same state.
 
     Returns:
-      The corresponding `optax.GradientTransformationExtraArgs`.
+      A chain of `scale_by_microadam`, weight decay and the learning rate; the
+      `MicroAdamState` is the first part of its state. Updates have the shapes of the
+      gradients, in the dtype that holds gradient and parameter, as from `optax.adam`.
 
     Raises:
-      TypeError: See `scale_by_microadam`, as for the other errors.
-      ValueError: See `scale_by_microadam`.
-      NotImplementedError: See `scale_by_microadam`.
+      TypeError: an argument of the wrong type, or an integer or complex leaf.
+      ValueError: an argument out of range, or gradients that do not fit the state.
+      NotImplementedError: an implementation that cannot run.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -368,37 +299,3 @@ def static_args(make: Callable[..., Any]) -> tuple[str, ...]:
     ours = inspect.signature(microadam).parameters.values()
     static = {x.name for x in ours if x.kind == x.KEYWORD_ONLY} - TRACED
     return tuple(name for name in inspect.signature(make).parameters if name in static)
-
-
-def _flatten(tree: Any) -> tuple[list[tuple[Any, Any]], Any]:
-    """Leaves with their paths, and the structure."""
-    return jax.tree_util.tree_flatten_with_path(tree)
-
-
-def _promoted(updates: Any, params: Any) -> Any:
-    """Gradients in the dtype that holds a gradient and its parameter."""
-    structures: list[Any] = [jax.tree.structure(x) for x in (updates, params)]
-    if structures[0] != structures[1]:
-        return updates  # no parameters, or not those of the gradients
-
-    def promote(gradient: Any, param: Any) -> Any:
-        own, other = (getattr(x, "dtype", None) for x in (gradient, param))
-        if own is None or other is None or own == other:
-            return gradient
-        floats = (jnp.issubdtype(x, jnp.floating) for x in (own, other))
-        if not all(floats) or other.itemsize < own.itemsize:
-            return gradient
-        with jax.numpy_dtype_promotion("standard"):
-            return jnp.asarray(gradient, jnp.promote_types(own, other))
-
-    return jax.tree.map(promote, updates, params)
-
-
-def _grids(grid: Any, params: Any) -> list[Any]:
-    """The grid asked for each leaf that is not masked; None for the default."""
-    leaves = jax.tree.leaves(params, is_leaf=_states.is_masked)
-    asked: list[Any] = [None] * len(leaves)
-    if grid is not None and leaves:
-        asked = _checks.check_grids(params, grid)
-    pairs = zip(asked, leaves, strict=True)
-    return [x for x, leaf in pairs if not _states.is_masked(leaf)]

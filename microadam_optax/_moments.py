@@ -1,4 +1,11 @@
-"""Adam's moments, rebuilt from the window's sparse gradients."""
+"""Adam's moments, rebuilt from the window's sparse gradients.
+
+The window is a ring of ``window - 1`` slots in every row, one after another,
+``(window - 1) * k`` entries. The newest gradient is not among them until its step is
+over: the slot that a step will overwrite is never read by it, so one slot fewer is
+stored. The ages of the slots, a permutation of 1 to ``window - 1``, are kept in the
+state, so its shapes alone tell its window.
+"""
 
 import functools
 from typing import Any
@@ -7,9 +14,32 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-FEW = 4  # entries up to which comparing with every lane costs less than scattering
+COMPARED = 4  # entries up to which comparing with every lane costs less than scattering
 EXPONENT = 0.5  # of the share of selected entries, in the factor that matches Adam
 LARGEST = 2.0**60  # of a gradient: float32 holds the sum of 255 of its squares
+
+
+def first_ages(slots: int) -> jax.Array:
+    """The ages before the first step, int32 ``(slots,)``: slot 0 is the oldest.
+
+    Slots not yet written hold zeros; their age is meaningless and harmless.
+    """
+    return jnp.arange(slots, 0, -1, dtype=jnp.int32)
+
+
+def valid_ages(ages: jax.Array) -> jax.Array:
+    """The ages; those before the first step if all are 0, as in a state of zeros."""
+    return jnp.where(jnp.any(ages > 0), ages, first_ages(ages.size))
+
+
+def older_ages(ages: jax.Array) -> jax.Array:
+    """The ages one step later: the oldest slot has been written and is the newest."""
+    return ages % ages.size + 1
+
+
+def oldest_slot(ages: jax.Array, k: int) -> jax.Array:
+    """Where the ``k`` entries of a step go in a row: the oldest slot, int32 scalar."""
+    return jnp.argmax(ages).astype(jnp.int32) * k
 
 
 def bounded(x: jax.Array, largest: float = LARGEST) -> jax.Array:
@@ -24,19 +54,14 @@ def cast(update: jax.Array, dtype: Any) -> jax.Array:
 
 
 def moments(
-    newest: jax.Array,
-    indices: jax.Array,
-    values: jax.Array,
-    ages: jax.Array,
-    b1: jax.Array,
-    b2: jax.Array,
+    newest: jax.Array, indices: Any, values: Any, ages: Any, b1: jax.Array, b2: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Decayed sums of the window's gradients and of their squares.
 
     Args:
       newest: float32 ``(..., b)``, this step's sparse gradient, zeros elsewhere.
       indices: unsigned ``(..., slots * k)``, positions in the row; none twice in
-        a slot.
+        a slot. None at window 1, like values and ages.
       values: bfloat16 ``(..., slots * k)``.
       ages: int32 ``(slots,)``, steps since each slot was written.
       b1: float32, decay of the first moment.
@@ -44,9 +69,11 @@ def moments(
 
     Returns:
       ``sum b1**age * value`` and ``sum b2**age * value**2``, float32 ``(..., b)``.
-      A product is rounded before it is added, see `rounded`.
+      A product is rounded before it is added, see `round_product`.
     """
-    sums = _compare if indices.shape[-1] <= FEW else _scatter
+    if indices is None:
+        return newest, newest**2
+    sums = _compare if indices.shape[-1] <= COMPARED else _scatter
     return sums(
         newest,
         indices.astype(jnp.int32),
@@ -56,24 +83,24 @@ def moments(
     )
 
 
-def rounded(product: jax.Array) -> jax.Array:
+def round_product(product: jax.Array) -> jax.Array:
     """A product as it is before it is added to something: with 23 bits.
 
     Else XLA may add it with all its bits, in a fused multiply-add, in one program
     and not in another.
     """
-    return reduced(product, 22)
+    return round_to(product, 22)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def reduced(x: jax.Array, mantissa: int) -> jax.Array:
+def round_to(x: jax.Array, mantissa: int) -> jax.Array:
     """float32 rounded to so many bits of mantissa; its derivative is 1, unrounded."""
     return lax.reduce_precision(x, 8, mantissa)
 
 
-@reduced.defjvp
-def _reduced_jvp(mantissa, primals, tangents):
-    return reduced(*primals, mantissa), *tangents
+@round_to.defjvp
+def _round_to_jvp(mantissa: int, primals: Any, tangents: Any) -> Any:
+    return round_to(*primals, mantissa), *tangents
 
 
 @jax.custom_jvp
@@ -109,7 +136,7 @@ def _speed(b1: jax.Array, b2: jax.Array, window: int, share: float) -> jax.Array
 
     def add_age(_: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         speed, mu, nu = sums
-        speed += mu / jnp.sqrt(share + rounded((1 - share) * nu))
+        speed += mu / jnp.sqrt(share + round_product((1 - share) * nu))
         return speed, mu * b1, nu * b2
 
     mu, nu = (debias(b, jnp.int32(window)) for b in (b1, b2))
@@ -123,7 +150,7 @@ def _one_minus_power(decay: jax.Array, count: jax.Array) -> jax.Array:
 
 
 @debias.defjvp
-def _debias_jvp(primals, tangents):
+def _debias_jvp(primals: Any, tangents: Any) -> Any:
     """Also at a decay of 0, whose logarithm has no derivative."""
     decay, count = primals
     steps, below = count.astype(jnp.float32), _one_minus_power(decay, count)
@@ -138,7 +165,7 @@ def ratio(mu: jax.Array, nu: jax.Array, eps: jax.Array) -> jax.Array:
 
 
 @ratio.defjvp
-def _ratio_jvp(primals, tangents):
+def _ratio_jvp(primals: Any, tangents: Any) -> Any:
     """At a nu of 0 the root has the derivative 0, as Adam's has with an eps_root."""
     mu, nu, eps = primals
     root = jnp.sqrt(nu)
@@ -148,7 +175,7 @@ def _ratio_jvp(primals, tangents):
     return update, (tangents[0] - update * below) / (root + eps)
 
 
-def before(eps_root: jax.Array, debias_nu: jax.Array) -> jax.Array:
+def inside_root(eps_root: jax.Array, debias_nu: jax.Array) -> jax.Array:
     """What is added to nu before it is debiased, to add `eps_root` to it.
 
     Added to the product, XLA might do both in a fused multiply-add.
@@ -156,40 +183,54 @@ def before(eps_root: jax.Array, debias_nu: jax.Array) -> jax.Array:
     return eps_root / debias_nu
 
 
-def _compare(newest, indices, values, mu_weights, nu_weights):
+def _compare(
+    newest: jax.Array,
+    indices: jax.Array,
+    values: jax.Array,
+    mu_weights: jax.Array,
+    nu_weights: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
     """Every entry against every lane: fuses into one pass, for few entries."""
     lane = lax.broadcasted_iota(jnp.int32, newest.shape, newest.ndim - 1)
     mu, nu = newest, newest**2
     entries = indices.shape[-1]
     for entry in range(entries):
         slot = entry * mu_weights.size // entries
-        at = slice(entry, entry + 1)
-        here, value = lane == indices[..., at], values[..., at]
-        mu += jnp.where(here, rounded(mu_weights[slot] * value), 0)
-        nu += jnp.where(here, rounded(nu_weights[slot] * value**2), 0)
+        here = lane == indices[..., entry : entry + 1]
+        value = values[..., entry : entry + 1]
+        mu += jnp.where(here, round_product(mu_weights[slot] * value), 0)
+        nu += jnp.where(here, round_product(nu_weights[slot] * value**2), 0)
     return mu, nu
 
 
-def _scatter(newest, indices, values, mu_weights, nu_weights):
+def _scatter(
+    newest: jax.Array,
+    indices: jax.Array,
+    values: jax.Array,
+    mu_weights: jax.Array,
+    nu_weights: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
     """Adds slot after slot through its indices: the cost is that of the entries."""
     slots = mu_weights.size
     k = indices.shape[-1] // slots
 
-    def add_slot(slot, sums):
-        at = lax.dynamic_slice_in_dim(indices, slot * k, k, indices.ndim - 1)
+    def add_slot(slot: Any, sums: tuple[jax.Array, jax.Array]) -> Any:
+        index = lax.dynamic_slice_in_dim(indices, slot * k, k, indices.ndim - 1)
         value = lax.dynamic_slice_in_dim(values, slot * k, k, values.ndim - 1)
         mu, nu = sums
-        mu = _add_at(mu, at, rounded(mu_weights[slot] * value))
-        nu = _add_at(nu, at, rounded(nu_weights[slot] * value**2))
+        mu = _add_at(mu, index, round_product(mu_weights[slot] * value))
+        nu = _add_at(nu, index, round_product(nu_weights[slot] * value**2))
         return mu, nu
 
     return lax.fori_loop(0, slots, add_slot, (newest, newest**2), unroll=slots < 3)
 
 
 def _add_at(rows: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
-    def add(row, index, value):
-        return row.at[index].add(value, mode="promise_in_bounds", unique_indices=True)
-
+    add = _add_in_row
     for _ in range(rows.ndim - 1):
         add = jax.vmap(add)
     return add(rows, indices, values)
+
+
+def _add_in_row(row: jax.Array, index: jax.Array, value: jax.Array) -> jax.Array:
+    return row.at[index].add(value, mode="promise_in_bounds", unique_indices=True)

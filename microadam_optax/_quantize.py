@@ -59,17 +59,18 @@ def ends(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     the opposite of theirs as unsigned ones, and of NaN beyond either. XLA for CPU loses
     NaN in maxima of floats.
     """
-
-    def most(dtype: Any) -> jax.Array:
-        bits = lax.bitcast_convert_type(x, dtype)
-        return _topk.fold(bits, lambda part: part, jnp.maximum, jnp.max)
-
-    high = jnp.maximum(most(jnp.int32), 0)
-    low = jnp.maximum(most(jnp.uint32), jnp.uint32(SIGN))
+    high = jnp.maximum(_most(x, jnp.int32), 0)
+    low = jnp.maximum(_most(x, jnp.uint32), jnp.uint32(SIGN))
     nan = (high > INFINITY) | (low > jnp.uint32(SIGN | INFINITY))
     low, high = (jnp.where(nan, y.dtype.type(NAN), y) for y in (low, high))
     low, high = (lax.bitcast_convert_type(y, jnp.float32) for y in (low, high))
     return low, high
+
+
+def _most(x: jax.Array, dtype: Any) -> jax.Array:
+    """The largest of each row's bits as integers."""
+    bits = lax.bitcast_convert_type(x, dtype)
+    return _topk.fold(bits, lambda part: part, jnp.maximum, jnp.max)
 
 
 def multiple(x: jax.Array, step: jax.Array, half: float) -> tuple[jax.Array, jax.Array]:

@@ -1,5 +1,6 @@
 """Shardings and grids for a whole tree, from those of the parameters."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from microadam_optax import _checks, _specs
+from microadam_optax import _specs, _state
+from microadam_optax._paths import shown
 
 
 def state_shardings(
@@ -52,25 +54,14 @@ def state_shardings(
     if first is None:
         raise ValueError("`params` has no arrays, so there is nothing to shard.")
 
-    def like_param(array: Any, leaf: jax.ShapeDtypeStruct) -> Any:
-        if isinstance(array, optax.MaskedNode):
-            return array
-        leads = len(array.shape) >= len(leaf.shape) and all(
-            n == size or (n and size % n == 0)
-            for size, n in zip(leaf.shape, array.shape, strict=False)
-        )
-        return _specs.follow(leaf.sharding, array.shape) if leads else replicated(array)
-
-    def replicated(_: Any) -> Sharding:
-        return _specs.follow(first.sharding, ())
-
+    replicated = _specs.follow(first.sharding, ())
     return optax.tree.map_params(
         tx,
-        like_param,
+        functools.partial(_like_param, replicated),
         jax.eval_shape(tx.init, params),
         leaves,
-        transform_non_params=replicated,
-        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+        transform_non_params=lambda _: replicated,
+        is_leaf=_state.is_masked,
     )
 
 
@@ -103,12 +94,24 @@ def shard_grid(params: Any, shardings: Any = None) -> Any:
       >>> shard_grid(params, places)
       {'w': (1, 1)}
     """
+    return jax.tree.map(_shards, _placed(params, shardings))
 
-    def shards(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-        sizes = leaf.sharding.shard_shape(leaf.shape)
-        return tuple(n // max(1, m) for n, m in zip(leaf.shape, sizes, strict=True))
 
-    return jax.tree.map(shards, _placed(params, shardings))
+def _like_param(replicated: Sharding, array: Any, leaf: jax.ShapeDtypeStruct) -> Any:
+    """The leaf's sharding for an array of the state whose axes lead with the leaf's."""
+    if _state.is_masked(array):
+        return array
+    leads = len(array.shape) >= len(leaf.shape) and all(
+        n == size or (n and size % n == 0)
+        for size, n in zip(leaf.shape, array.shape, strict=False)
+    )
+    return _specs.follow(leaf.sharding, array.shape) if leads else replicated
+
+
+def _shards(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    """Over how many devices each axis is cut."""
+    sizes = leaf.sharding.shard_shape(leaf.shape)
+    return tuple(n // max(1, m) for n, m in zip(leaf.shape, sizes, strict=True))
 
 
 def _placed(params: Any, shardings: Any) -> Any:
@@ -126,10 +129,24 @@ def _placed(params: Any, shardings: Any) -> Any:
             ) from error
     placed = []
     for (path, leaf), sharding in zip(leaves, found, strict=True):
-        sharding = _checks.check_sharding(path, _on_mesh(sharding))
+        sharding = _check_sharding(path, _on_mesh(sharding))
         shape = jnp.shape(leaf)
         placed.append(jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding))
     return tree.unflatten(placed)
+
+
+def _check_sharding(path: Any, sharding: Any) -> Sharding:
+    """A parameter's sharding; an error if it is none."""
+    if sharding is None:
+        raise ValueError(
+            f"`shardings` has none for {shown(path)}, nor has the parameter itself."
+        )
+    if not isinstance(sharding, Sharding):
+        raise TypeError(
+            f"`shardings` of {shown(path)} must be a jax.sharding.Sharding, or a "
+            f"PartitionSpec under jax.set_mesh, got {sharding!r}."
+        )
+    return sharding
 
 
 def _on_mesh(sharding: Any) -> Any:

@@ -1,5 +1,6 @@
 """The optimizer state: what is kept of a leaf, and in which shapes."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from microadam_optax import _specs
+from microadam_optax import _paths, _specs
 from microadam_optax._blocks import Layout
+from microadam_optax._paths import shown
 
 
 class MicroAdamState(NamedTuple):
@@ -127,35 +129,79 @@ def unpack(state: MicroAdamState, tree: Any) -> list[LeafState | Moments]:
 
 
 def is_masked(x: Any) -> bool:
+    """Whether it stands where a field of the state has nothing of a leaf."""
     return isinstance(x, optax.MaskedNode)
 
 
-def shapes(at: Layout, settings: Settings) -> LeafState:
+def check_structure(updates: Any, state: Any) -> None:
+    """Raises an error if the gradients are not a tree like the state's."""
+    if not isinstance(state, MicroAdamState):
+        raise TypeError(
+            "The optimizer state must be a MicroAdamState, got a "
+            f"{type(state).__name__}: it was made by another transformation or by an "
+            "earlier version, or restored without its structure."
+        )
+
+    state_tree = state.codes
+    if state.mu is not None:
+        state_tree = jax.tree.map(_kept, state.codes, state.mu, is_leaf=is_masked)
+    structures: list[Any] = [jax.tree.structure(x) for x in (updates, state_tree)]
+    if structures[0] == structures[1]:
+        return
+    given, known = _paths.of(updates), _paths.of(state_tree)
+    missing = [shown(path) for path in known if path not in given]
+    extra = [shown(path) for path in given if path not in known]
+    if missing:
+        difference = f"there is no gradient for {missing[0]}"
+    elif extra:
+        difference = f"the state knows no {extra[0]}"
+    else:
+        difference = "the containers differ in type"
+    raise ValueError(
+        "The gradient tree does not match the optimizer state: "
+        f"{difference} ({len(given)} leaves given, {len(known)} in the state)."
+    )
+
+
+def _kept(codes: Any, mu: Any) -> Any:
+    return mu if is_masked(codes) else codes
+
+
+def check_key(key: Any, stochastic_rounding: bool) -> None:
+    """Raises ValueError if a state was made for the other way of rounding."""
+    if (key is not None) != stochastic_rounding:
+        raise ValueError(
+            "The optimizer state was made with `stochastic_rounding` "
+            f"{key is not None}, but this transformation has {stochastic_rounding}."
+        )
+
+
+def shapes(layout: Layout, window: int, bits: int, k: int) -> LeafState:
     """Shapes of the state of a leaf; None for what window 1 does not keep."""
-    lead = (*at.grid, at.blocks)
-    entries = None
-    if settings.window > 1:
-        entries = (*lead, (settings.window - 1) * settings.k(at.block))
-    width = at.block * settings.bits // 8
-    return LeafState((*lead, width), (*lead, 2), entries, entries)
+    lead = (*layout.grid, layout.blocks)
+    entries = (*lead, (window - 1) * k) if window > 1 else None
+    codes = (*lead, layout.block * bits // 8)
+    return LeafState(codes, (*lead, 2), entries, entries)
 
 
-def zeros(at: Layout, settings: Settings, sharding: Any = None) -> LeafState:
+def zeros(layout: Layout, settings: Settings, sharding: Any = None) -> LeafState:
     """The state of a leaf before the first step, sharded like the leaf."""
-    of = shapes(at, settings)
-
-    def array(shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        device = None if sharding is None else _specs.follow(sharding, shape)
-        return jnp.zeros(shape, dtype, device=device)
-
+    window, k = settings.window, settings.k(layout.block)
+    of = shapes(layout, window, settings.bits, k)
+    array = functools.partial(_zeros, sharding)
     codes, ranges = array(of.codes, jnp.uint8), array(of.ranges, jnp.bfloat16)
     if of.indices is None:
         return LeafState(codes, ranges, None, None)
     # The entries are zeros, but no position may stand twice in a slot.
-    dtype = index_dtype(at.block)
-    slots = np.tile(np.arange(settings.k(at.block), dtype=dtype), settings.window - 1)
+    dtype = index_dtype(layout.block)
+    slots = np.tile(np.arange(k, dtype=dtype), window - 1)
     indices = array(of.indices, dtype) + slots
     return LeafState(codes, ranges, indices, array(of.values, jnp.bfloat16))
+
+
+def _zeros(sharding: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    device = None if sharding is None else _specs.follow(sharding, shape)
+    return jnp.zeros(shape, dtype, device=device)
 
 
 def index_dtype(block: int) -> Any:

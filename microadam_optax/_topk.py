@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-FEW = 4  # up to here k maxima cost less, to run and to compile, than counting bits
+BY_MAXIMA = 4  # up to here k maxima cost less, to run and to compile, than counting bits
 LARGE = 1024  # below it the counts for three thresholds share one int32
 _WORD = 32
 _sum = functools.partial(jnp.sum, dtype=jnp.int32)  # int64 otherwise, in x64 mode
@@ -36,7 +36,7 @@ def largest(x: jax.Array, k: int) -> jax.Array:
     keys = lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
     if k == size:
         return keys >= 0  # all, but not a constant for XLA to fold through the leaf
-    kth = kth_by_maxima(keys, k) if k <= FEW else kth_by_counting(keys, k, bits=31)
+    kth = kth_by_maxima(keys, k) if k <= BY_MAXIMA else kth_by_counting(keys, k, bits=31)
     above = fold(keys, lambda part: (part > kth).astype(jnp.int32), jnp.add, _sum)
     backwards = size - 1 - lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
     ties = jnp.where(keys == kth, backwards, -1)

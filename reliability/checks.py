@@ -22,10 +22,22 @@ ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 RUNTIME = {"jax", "optax"}
 WITH_JAX = {"numpy"}  # jax itself requires it
+PARTS = [
+    "block",
+    "call",
+    "data",
+    "entries",
+    "error",
+    "handlers",
+    "llvm",
+    "select",
+    "threads",
+]
+KERNEL = {f"cpu_{x}.py" for x in PARTS}  # of CPUs
 OPTIONAL = {  # the extras `planner` and `cpu`, and the files that may want them
-    "rich": {"_planner.py"},
-    "numba": {"cpu.py", "cpu_block.py", "cpu_call.py", "cpu_llvm.py"},
-    "llvmlite": {"cpu_call.py", "cpu_llvm.py"},  # numba requires it
+    "rich": {"command.py"},
+    "numba": KERNEL | {"cpu.py"},
+    "llvmlite": KERNEL,  # numba requires it
 }
 UNSAFE = {
     "pickle",

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 
 from kernel_cases import BF16, CASES, F16, F32, gradients
 from meshes import make_mesh
-from microadam_optax import _blocks, _leaf, _state, _window
+from microadam_optax import _blocks, _moments, _state, _step
 from microadam_optax._kernels import _ffi, cpu
 from microadam_optax._kernels._rows import Launch, Rows, Scalars
 from quick import quick
@@ -90,13 +90,13 @@ class Case(NamedTuple):
         slots = self.settings.window - 1
         ages = None
         if slots:
-            ages = _window.first(slots)
+            ages = _moments.first_ages(slots)
             for _ in range(count - 1):
-                ages = _window.older(ages)
+                ages = _moments.older_ages(ages)
         numbers = {"b1": 0.9, "b2": 0.999, "eps": eps, "eps_root": eps_root}
         fields = {name: jnp.float32(x) for name, x in numbers.items()}
-        fields |= {"count": jnp.int32(count), "ages": ages, "key": None}
-        return _leaf.debiased(_leaf.Step(**fields), self.at, self.settings)
+        fields |= {"count": jnp.int32(count), "ages": ages, "prng": None}
+        return _step.of_leaf(_step.Step(**fields), self.at, self.settings)
 
     @functools.partial(jax.jit, static_argnums=0)
     def kernel(self, cells, state, step):
@@ -110,17 +110,17 @@ class Case(NamedTuple):
             rows = cells.reshape(-1, self.at.block)
             launch = launch._replace(cell=self.at.block, blocks=1)
         new = cpu.update(Rows(rows, *state), scalars(step, k), launch)
-        return new.gradient.reshape(cells.shape), _state.LeafState(*new[1:])
+        return new.update.reshape(cells.shape), _state.LeafState(*new[1:])
 
     @functools.partial(jax.jit, static_argnums=0)
     def xla(self, cells, state, step):
         rows = _blocks.pad(cells, self.at.blocks, self.at.block)
         rows = rows.reshape(-1, self.at.block)
-        new = _leaf.update_blocks(_leaf.Leaf(rows, *state, None), step, self.settings)
-        update = new.gradient.reshape(-1, self.at.blocks, self.at.block)
-        state_ = new.state
+        update, new = _step.update_blocks(rows, state, step, self.settings)
+        update = update.reshape(-1, self.at.blocks, self.at.block)
+        state_ = new
         if state.indices is not None:
-            begin = _window.start(step.ages, new.indices.shape[1])
+            begin = _moments.oldest_slot(step.ages, new.indices.shape[1])
             put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
             state_ = state_._replace(
                 indices=put(state.indices, new.indices, begin),
@@ -137,7 +137,7 @@ def make(shape, dtype, arguments, whole_rows=True):
     matched = given.get("match_adam", False)
     some = _state.Settings(*(given[name] for name in names), match_adam=matched)
     grid = (shape[0], 1) if whole_rows else None
-    return Case(_blocks.layout(shape, some.block_size, grid=grid), dtype, some)
+    return Case(_blocks.layout_of(shape, some.block_size, grid=grid), dtype, some)
 
 
 def scalars(step, k):
@@ -146,7 +146,7 @@ def scalars(step, k):
         return Scalars(factors, None, None)
     ages = step.ages.astype(jnp.float32)
     weights = jnp.stack([jnp.power(decay, ages) for decay in (step.b1, step.b2)])
-    return Scalars(factors, _window.start(step.ages, k)[None], weights)
+    return Scalars(factors, _moments.oldest_slot(step.ages, k)[None], weights)
 
 
 def assert_same_bits(got, want):
@@ -254,7 +254,7 @@ def test_eps_root():
         Rows(gradient, *case.first_state()), Scalars(one, None, None), launch
     )
     value = gradient.astype(BF16).astype(F32)
-    np.testing.assert_allclose(new.gradient, value / np.sqrt(value**2 + 1), rtol=1e-6)
+    np.testing.assert_allclose(new.update, value / np.sqrt(value**2 + 1), rtol=1e-6)
 
 
 @pytest.mark.parametrize("window", [1, 2])
@@ -339,7 +339,7 @@ def test_decays_are_traced():
 
 
 def test_what_it_does_not_take():
-    at = _blocks.layout((4, 256), 256)
+    at = _blocks.layout_of((4, 256), 256)
     some = _state.Settings(2, 0.06, 256, 4, 0.1)
     for dtype in (F32, BF16, F16, F64):
         assert cpu.reason_against(at, dtype, some) is None
@@ -406,7 +406,7 @@ print("numba" in sys.modules)
 
 PROGRAM = """
 import jax.numpy as jnp
-from microadam_optax._kernels import cpu, cpu_call
+from microadam_optax._kernels import cpu, cpu_handlers
 from microadam_optax._kernels._rows import Launch, Rows, Scalars
 rows = Rows(
     jnp.ones((2, 8)),
@@ -416,8 +416,8 @@ rows = Rows(
     None,
 )
 new = cpu.update(rows, Scalars(jnp.ones(4), None, None), Launch(8, 1, 8, 4, 2))
-functions = [f for pair in cpu_call.kept.values() for f in pair]
-print(new.gradient[0].tolist(), [f.cache_hits for f in functions])
+functions = [f for pair in cpu_handlers.kept.values() for f in pair]
+print(new.update[0].tolist(), [f.cache_hits for f in functions])
 """
 
 

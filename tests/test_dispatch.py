@@ -166,7 +166,7 @@ def test_nothing_is_traced_that_is_not_used(monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError(args, kwargs)
 
-    monkeypatch.setattr("microadam_optax._leaf.update_blocks", never)
+    monkeypatch.setattr("microadam_optax._xla.update_blocks", never)
     tx, leaf = make(density=0.07), normal(4, 256)
     tx.update(leaf, tx.init(leaf))
 

@@ -22,7 +22,7 @@ from compressed import scale_by_microadam
 from kernel_cases import BF16, CASES, F16, F32, FORMS, gradients
 from meshes import cases_on, collectives, make_mesh
 from microadam_optax import _dispatch, state_shardings
-from microadam_optax._blocks import layout
+from microadam_optax._blocks import layout_of
 from microadam_optax._kernels import gpu
 from microadam_optax._state import Settings
 from quick import quick
@@ -170,13 +170,13 @@ def test_what_has_no_kernel(arguments, what):
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_addresses_in_the_window_fit_an_int32(name):
     settings = Settings(128, 0.001, 256, 4, 0.0, name)
-    at = layout((2_125_000, 512), 256)
+    at = layout_of((2_125_000, 512), 256)
     assert (at.block, settings.k(at.block)) == (64, 1)
-    reason = _dispatch.reason_against(at, F32, settings, stochastic=False)
+    reason = _dispatch.reason_against(at, F32, settings)
     assert reason is not None
     assert "entries in the window" in reason
     fewer = settings._replace(window=65)
-    assert _dispatch.reason_against(at, F32, fewer, stochastic=False) is None
+    assert _dispatch.reason_against(at, F32, fewer) is None
 
 
 def test_float64_has_no_kernel():

@@ -135,7 +135,7 @@ def test_updates_have_the_same_bits(way, window, density):
 @pytest.mark.parametrize("shape", [(512, 9), (8964,), (5, 700)])
 def test_the_share_counts_no_padding(shape, density, size):
     """With 9 elements in blocks of 8, the last block has fewer than are selected."""
-    at = _blocks.layout(shape, size, shards=1, grid=(shape[0], 1)[: len(shape)])
+    at = _blocks.layout_of(shape, size, shards=1, grid=(shape[0], 1)[: len(shape)])
     k = Settings(2, density, 256, 4, 0.0).k(at.block)
     ones = jnp.ones((*at.grid, at.cell))
     real = _blocks.pad(ones, at.blocks, at.block).reshape(-1, at.block).sum(1)

@@ -16,8 +16,11 @@ import pytest
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from microadam_optax import _planner, memory, microadam, smaller_than
-from microadam_optax._models import MODELS, shapes_of
+from microadam_optax import memory, microadam, smaller_than
+from microadam_optax.planner import plans
+from microadam_optax.planner.command import main, make_parser
+from microadam_optax.planner.models import shapes_of
+from microadam_optax.planner.sizes import MODELS
 
 # As published with the models' weights; an embedding that is the head, too, counts once.
 PUBLISHED = {
@@ -95,7 +98,7 @@ def test_what_a_config_may_lack(model, absent):
 def test_a_plan_is_that_of_the_whole_tree():
     """Equal leaves are counted, not computed one by one."""
     arguments = ["gpt2", "--devices", "4", "--params-dtype", "float32", "--window", "3"]
-    args = _planner.make_parser().parse_args(arguments)
+    args = make_parser().parse_args(arguments)
     shapes, mesh = shapes_of(MODELS["gpt2"]), AbstractMesh((4,), ("fsdp",))
     params = {x: jax.ShapeDtypeStruct(s, jnp.float32) for x, s in shapes.items()}
     places = {
@@ -103,8 +106,8 @@ def test_a_plan_is_that_of_the_whole_tree():
         x: NamedSharding(mesh, P(None, "fsdp") if s[0] % 4 else P("fsdp"))
         for x, s in shapes.items()
     }
-    planned = {row.optimizer: row for row in _planner.plan(MODELS["gpt2"], args)}
-    for name, tx, _ in _planner.candidates(args):
+    planned = {row.optimizer: row for row in plans.plan(MODELS["gpt2"], args)}
+    for name, tx, _ in plans.candidates(args):
         assert planned[name].state == memory.optimizer_bytes(tx, params, places), name
         assert planned[name].parameters == memory.array_bytes(params, places)
 
@@ -134,7 +137,7 @@ def test_bytes_of_any_chain():
 
 
 def run(capsys, *arguments):
-    assert _planner.main([*arguments, "--json"]) == 0
+    assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     rows = {row["optimizer"]: row for row in found["bytes_a_device"]}
     return found, rows
@@ -200,7 +203,7 @@ def test_a_config_file_or_its_folder(capsys, tmp_path):
 @pytest.mark.parametrize("columns", [60, 80, 120])
 def test_the_table_is_whole(columns, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
-    assert _planner.main(["llama2-7b", "--devices", "8"]) == 0
+    assert main(["llama2-7b", "--devices", "8"]) == 0
     text = capsys.readouterr().out
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= columns
@@ -241,7 +244,7 @@ def test_errors_are_one_line_and_status_2(content, arguments, words, tmp_path, c
     if content is not None:
         file.write_text(content)
     with pytest.raises(SystemExit) as stop:
-        _planner.main([str(file), *arguments])
+        main([str(file), *arguments])
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert error.count("\n") == 1
@@ -250,7 +253,7 @@ def test_errors_are_one_line_and_status_2(content, arguments, words, tmp_path, c
 
 def test_a_folder_without_a_config(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        _planner.main([str(tmp_path)])
+        main([str(tmp_path)])
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.endswith(f"the folder {str(tmp_path)!r} has no config.json\n")
@@ -260,11 +263,11 @@ def test_the_command_is_installed():
     (command,) = importlib.metadata.entry_points(
         group="console_scripts", name="microadam-memory"
     )
-    assert command.load() is _planner.main
+    assert command.load() is main
 
 
 def test_without_rich(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "rich", None)
     with pytest.raises(SystemExit):
-        _planner.main(["gpt2"])
+        main(["gpt2"])
     assert "pip install rich" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from jax import lax
 
 from compressed import scale_by_microadam
-from microadam_optax import _blocks, _chunks, _moments, _quantize, _topk, _window
+from microadam_optax import _blocks, _chunks, _moments, _quantize, _topk
 from quick import quick
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -31,7 +31,7 @@ def rows(b, number=5, seed=0):
 
 @given(SHAPES, BLOCK_SIZES, st.integers(1, 16))
 def test_split_and_join_are_inverses(shape, block_size, shards):
-    at = _blocks.layout(shape, block_size, shards)
+    at = _blocks.layout_of(shape, block_size, shards)
     leaf = np.arange(math.prod(shape)).reshape(shape)
     cells = _blocks.split(leaf, at)
     assert cells.shape == (*at.grid, at.cell)
@@ -53,7 +53,7 @@ def test_pad_and_unpad_are_inverses(number, blocks, block):
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), max_size=3))
 def test_split_and_join_are_inverses_for_any_grid(axes):
     grid, shape = tuple(g for g, _ in axes), tuple(g * n for g, n in axes)
-    at = _blocks.layout(shape, 8, grid=grid)
+    at = _blocks.layout_of(shape, 8, grid=grid)
     leaf = np.arange(math.prod(shape)).reshape(shape)
     cells = _blocks.split(leaf, at)
     np.testing.assert_array_equal(_blocks.join(cells, at), leaf)
@@ -65,7 +65,7 @@ def test_split_and_join_are_inverses_for_any_grid(axes):
 @example((4096, 11008), 256, 8)
 @example((50257, 768), 256, 8)
 def test_the_rule_of_the_grid(shape, block_size, shards):
-    at = _blocks.layout(shape, block_size, shards)
+    at = _blocks.layout_of(shape, block_size, shards)
     assert len(at.grid) == len(shape)
     assert all(n % g == 0 for n, g in zip(shape, at.grid, strict=True))
     assert at.block % 8 == 0
@@ -76,7 +76,7 @@ def test_the_rule_of_the_grid(shape, block_size, shards):
 
 def test_grids_of_known_shapes():
     def of(*shape):
-        at = _blocks.layout(shape, 256)
+        at = _blocks.layout_of(shape, 256)
         return at.grid, at.blocks, at.block
 
     assert of(4096, 4096) == ((4096, 8), 2, 256)
@@ -247,13 +247,13 @@ def test_strategies_find_the_same_threshold(k):
 def test_the_window_holds_the_last_writes(slots, steps):
     """Slots and ages: each slot's age says when it was written."""
     written = [None] * slots
-    ages = _window.first(slots)
+    ages = _moments.first_ages(slots)
     for count in range(steps):
         for slot, when in enumerate(written):
             if when is not None:
                 assert int(ages[slot]) == count - when
-        written[int(_window.start(ages, 3)) // 3] = count
-        ages = _window.older(ages)
+        written[int(_moments.oldest_slot(ages, 3)) // 3] = count
+        ages = _moments.older_ages(ages)
     assert sorted(w for w in written if w is not None) == list(
         range(max(0, steps - slots), steps)
     )

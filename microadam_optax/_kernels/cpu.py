@@ -14,7 +14,7 @@ import numpy as np
 
 from microadam_optax import _blocks
 from microadam_optax._kernels import _ffi
-from microadam_optax._kernels._rows import Launch, Rows, Scalars
+from microadam_optax._kernels._rows import Launch, Rows, Scalars, Updated
 from microadam_optax._state import Settings
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -38,16 +38,16 @@ def missing() -> str | None:
     return None if unavailable() else _ffi.reason_against(_ffi.header())
 
 
-def reason_against(at: _blocks.Layout, dtype: Any, settings: Settings) -> str | None:
+def reason_against(layout: _blocks.Layout, dtype: Any, settings: Settings) -> str | None:
     """Why the kernel cannot update a leaf; None if it can."""
-    del at, settings  # blocks and windows of all sizes
+    del layout, settings  # blocks and windows of all sizes
     name = str(jnp.dtype(dtype))
     return None if name in _DTYPES else f"gradients of {name}"
 
 
-def update(old: Rows, scalars: Scalars, launch: Launch) -> Rows:
+def update(old: Rows, scalars: Scalars, launch: Launch) -> Updated:
     """One step of all rows, in place if `old` is donated."""
-    from microadam_optax._kernels import cpu_call
+    from microadam_optax._kernels import cpu_handlers
 
     arrays, tree = jax.tree.flatten(old)
     slots = 0 if old.indices is None else old.indices.shape[-1] // launch.k
@@ -62,7 +62,7 @@ def update(old: Rows, scalars: Scalars, launch: Launch) -> Rows:
         rows,
     )
     call = jax.ffi.ffi_call(
-        cpu_call.target(str(old.gradient.dtype)),
+        cpu_handlers.target(str(old.gradient.dtype)),
         [jax.typeof(x) for x in arrays],
         input_output_aliases={i: i for i in range(len(arrays))},
     )
@@ -72,4 +72,4 @@ def update(old: Rows, scalars: Scalars, launch: Launch) -> Rows:
         alpha=np.array([launch.alpha, 1 - launch.alpha], np.float32),
         launch=np.array(numbers, np.int64),
     )
-    return jax.tree.unflatten(tree, new)
+    return Updated(*jax.tree.unflatten(tree, new))

@@ -13,39 +13,16 @@ is in the middle of. A task that starts late finds none left. What threads share
 is freed by the last of them.
 """
 
-import ctypes
-import functools
-import hashlib
-import pathlib
-import threading
-from typing import Any
+from numba.core.types import float32, int32, int64, uint8, uint16
 
-import jax
-import llvmlite.binding
-from numba import cfunc
-from numba.core.types import float32, float64, int32, int64, uint8, uint16
-
-from microadam_optax import _moments
-from microadam_optax._kernels import _ffi, cpu_block
-from microadam_optax._kernels.cpu_block import embed, inline
-from microadam_optax._kernels.cpu_llvm import (
-    add_to,
-    address_of,
-    address_of_symbol,
-    allocate,
-    call,
-    from_half,
-    let_others_run,
-    pointer,
-    read_from,
-    release,
-    to_half,
-)
+from microadam_optax._kernels import _ffi
+from microadam_optax._kernels.cpu_block import update_rows
+from microadam_optax._kernels.cpu_data import Launch, Row, Scalars, Shape, embed, inline
+from microadam_optax._kernels.cpu_llvm import address_of, allocate, pointer, release
+from microadam_optax._kernels.cpu_threads import add_to, call, let_others_run, read_from
 
 CHUNK = 1 << 15  # elements
-_MAJOR, _MINOR = _ffi.version(_ffi.header())
-_LARGEST = float64(_moments.LARGEST)
-_LARGEST_HALF = float32(65504)
+MAJOR, MINOR = _ffi.version(_ffi.header())
 
 # Fields of a job, int64: what threads count with, then what all of them read.
 _OWNERS, _NEXT, _DONE, _CHUNKS, _ROWS, _SIZE, _NUMBERS, _ARRAYS = range(8)
@@ -55,8 +32,6 @@ _EXTENSION, _API, _CONTEXT, _ARGUMENTS, _RESULTS, _ATTRIBUTES = 1, 2, 3, 9, 14, 
 _COUNT_OF_ARGUMENTS = 7
 _BUFFER_DATA, _ARRAY_DATA = 3, 2
 _ERROR_DESTROY, _SCHEDULE, _NUM_THREADS = 8, 17, 18
-
-_lock = threading.Lock()
 
 
 @inline
@@ -86,28 +61,12 @@ def disown(job):
 
 @embed
 def update_chunk(job, numbers, chunk, dtype, widen, narrow):
-    cell, blocks, block = numbers[0], numbers[1], numbers[2]
-    bits, k, slots = numbers[3], numbers[4], numbers[5]
-    width, parts = (block * bits) >> 3, 2 if bits == 4 else 4 if bits == 2 else 1
-    lanes = (width + 31) & ~31
-    slot = 0
-    if slots > 0:
-        slot = int64(pointer(job[_ARRAYS + 6], int32)[0])
-    shape = cpu_block.Shape(
-        block,
-        parts,
-        width,
-        lanes,
-        lanes * parts,
-        bits,
-        k,
-        slots,
-        slot,
-        1 if block <= 256 else 2,
-    )
-    launch = cpu_block.Launch(shape, cell, blocks)
-    arrays = cpu_block.Row(
-        pointer(job[_ARRAYS], dtype),
+    shape = shape_of(job, numbers)
+    launch = Launch(shape, numbers[0], numbers[1])
+    gradient = pointer(job[_ARRAYS], dtype)
+    arrays = Row(
+        gradient,
+        gradient,
         pointer(job[_ARRAYS + 1], uint8),
         pointer(job[_ARRAYS + 2], uint16),
         pointer(job[_ARRAYS + 3], uint8),
@@ -116,7 +75,7 @@ def update_chunk(job, numbers, chunk, dtype, widen, narrow):
     )
     factors = pointer(job[_ARRAYS + 5], float32)
     shares = pointer(job[_ARRAYS + 8], float32)
-    scalars = cpu_block.Scalars(
+    scalars = Scalars(
         factors[0],
         factors[1],
         factors[2],
@@ -127,7 +86,22 @@ def update_chunk(job, numbers, chunk, dtype, widen, narrow):
     )
     first = chunk * job[_ROWS]
     last = min(first + job[_ROWS], job[_SIZE])
-    cpu_block.update_rows(arrays, first, last, scalars, launch, widen, narrow)
+    update_rows(arrays, first, last, scalars, launch, widen, narrow)
+
+
+@inline
+def shape_of(job, numbers):
+    """Of blocks, as `cpu.update` tells it."""
+    block, bits, k, slots = numbers[2], numbers[3], numbers[4], numbers[5]
+    width, parts = (block * bits) >> 3, 2 if bits == 4 else 4 if bits == 2 else 1
+    lanes = (width + 31) & ~31
+    slot = 0
+    if slots > 0:
+        slot = int64(pointer(job[_ARRAYS + 6], int32)[0])
+    index_bytes = 1 if block <= 256 else 2
+    return Shape(
+        block, parts, width, lanes, lanes * parts, bits, k, slots, slot, index_bytes
+    )
 
 
 @embed
@@ -136,7 +110,7 @@ def handle(frame, task):
     frame = words(frame)
     if frame[_EXTENSION] != 0 and pointer(frame[_EXTENSION], int32)[2] == 1:
         metadata = pointer(words(frame[_EXTENSION])[3], int32)
-        metadata[6], metadata[7], metadata[8] = _MAJOR, _MINOR, 0
+        metadata[6], metadata[7], metadata[8] = MAJOR, MINOR, 0
         return 0
     api = words(frame[_API])
     job = make_job(frame)
@@ -207,103 +181,3 @@ def failed(api, error):
     call(api[_ERROR_DESTROY], address_of(arguments))
     release(arguments)
     return True
-
-
-@inline
-def narrow_half(x):
-    """Ends at the largest float16, see `_moments.cast`."""
-    if -cpu_block.INFINITE < x < cpu_block.INFINITE:
-        x = min(max(x, -_LARGEST_HALF), _LARGEST_HALF)
-    return to_half(x)
-
-
-@inline
-def widen_double(x):
-    if abs(x) < cpu_block.INFINITE:
-        x = min(max(x, -_LARGEST), _LARGEST)
-    return float32(x)
-
-
-@inline
-def narrow_double(x):
-    return float64(x)
-
-
-def task_float32(job):
-    work(job, float32, cpu_block.same, cpu_block.same)
-    return 0
-
-
-def task_bfloat16(job):
-    work(job, uint16, cpu_block.from_bfloat16, cpu_block.to_bfloat16)
-    return 0
-
-
-def task_float16(job):
-    work(job, uint16, from_half_, narrow_half)
-    return 0
-
-
-def task_float64(job):
-    work(job, float64, widen_double, narrow_double)
-    return 0
-
-
-@inline
-def from_half_(x):
-    return from_half(x)
-
-
-def handle_float32(frame):
-    return handle(frame, address_of_symbol("microadam_task_float32"))
-
-
-def handle_bfloat16(frame):
-    return handle(frame, address_of_symbol("microadam_task_bfloat16"))
-
-
-def handle_float16(frame):
-    return handle(frame, address_of_symbol("microadam_task_float16"))
-
-
-def handle_float64(frame):
-    return handle(frame, address_of_symbol("microadam_task_float64"))
-
-
-def target(dtype: str) -> str:
-    """The name under which XLA knows the handler for gradients of a dtype."""
-    name = f"microadam_{dtype}"
-    with _lock:  # a name cannot be registered twice
-        if name in kept:
-            return name
-        task = _compiled(globals()[f"task_{dtype}"])
-        llvmlite.binding.add_symbol(f"microadam_task_{dtype}", task.address)
-        handler = _compiled(globals()[f"handle_{dtype}"])
-        function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(handler.address)
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")
-        kept[name] = task, handler
-    return name
-
-
-kept: dict[str, Any] = {}  # what XLA calls, by the name of its handler
-
-
-def _compiled(f: Any) -> Any:
-    """A C function, from numba's cache where there is one."""
-    f.__qualname__ = f"{f.__name__}_{_stamp()}"
-    compiler = functools.partial(cfunc, "int64(int64)", error_model="numpy")
-    try:
-        return compiler(cache=True)(f)
-    except Exception:  # nowhere to write, a full disk, or what is there cannot be read
-        return compiler()(f)
-
-
-@functools.cache
-def _stamp() -> str:
-    folder = pathlib.Path(__file__).parent
-    parts = [path.read_bytes() for path in sorted(folder.glob("*.py"))]
-    parts += [
-        llvmlite.binding.get_host_cpu_name().encode(),
-        str((_MAJOR, _MINOR)).encode(),
-    ]
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]

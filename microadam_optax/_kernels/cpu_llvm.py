@@ -1,4 +1,4 @@
-"""What numba has no word for: memory by address, bits of floats, masks, atomic counters.
+"""What numba has no word for: memory by address, bits of floats, masks.
 
 Each is a line or two of LLVM, and is inlined where it is called.
 """
@@ -8,7 +8,7 @@ from typing import Any
 from llvmlite import ir
 from numba import extending, types
 
-_I1, _I8, _I16, _I32, _I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
+_I1, _I8, _I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 _F32 = ir.FloatType()
 intrinsic: Any = extending.intrinsic
 WORD = 64  # keys whose comparisons make up one mask
@@ -33,9 +33,9 @@ def allocate(_typing, count, dtype):
     def code(context, builder, _signature, args):
         kind = context.get_value_type(result)
         size = context.get_abi_sizeof(context.get_data_type(dtype.dtype))
-        malloc = _external(builder, "malloc", _I8.as_pointer(), [_I64])
+        malloc = external(builder, "malloc", _I8.as_pointer(), [I64])
         malloc.return_value.add_attribute("noalias")
-        memory = builder.call(malloc, [builder.mul(args[0], _I64(size))])
+        memory = builder.call(malloc, [builder.mul(args[0], I64(size))])
         return builder.bitcast(memory, kind)
 
     return result(types.int64, dtype), code
@@ -46,7 +46,7 @@ def release(_typing, memory):
     """Gives back what was allocated."""
 
     def code(context, builder, _signature, args):
-        free = _external(builder, "free", ir.VoidType(), [_I8.as_pointer()])
+        free = external(builder, "free", ir.VoidType(), [_I8.as_pointer()])
         builder.call(free, [builder.bitcast(args[0], _I8.as_pointer())])
         return context.get_dummy_value()
 
@@ -58,7 +58,7 @@ def address_of(_typing, memory):
     """Where an array begins."""
 
     def code(_context, builder, _signature, args):
-        return builder.ptrtoint(args[0], _I64)
+        return builder.ptrtoint(args[0], I64)
 
     return types.int64(memory), code
 
@@ -89,7 +89,7 @@ def bits_of(_typing, x):
     """The bits of a float32, int32."""
 
     def code(_context, builder, _signature, args):
-        return builder.bitcast(args[0], _I32)
+        return builder.bitcast(args[0], I32)
 
     return types.int32(types.float32), code
 
@@ -169,14 +169,14 @@ def above(_typing, keys, bar):
     """Which of the next `WORD` int32 are larger than a number, the first in bit 0."""
 
     def code(_context, builder, _signature, args):
-        vector = ir.VectorType(_I32, WORD)
+        vector = ir.VectorType(I32, WORD)
         address = builder.bitcast(args[0], vector.as_pointer())
         values = builder.load(address, align=4)
-        one = builder.insert_element(ir.Constant(vector, ir.Undefined), args[1], _I32(0))
+        one = builder.insert_element(ir.Constant(vector, ir.Undefined), args[1], I32(0))
         zeros = ir.Constant(vector, None)
         all_ = builder.shuffle_vector(one, zeros, zeros)
         flags = builder.icmp_signed(">", values, all_)
-        return builder.bitcast(flags, _I64)
+        return builder.bitcast(flags, I64)
 
     return types.int64(keys, types.int32), code
 
@@ -201,60 +201,8 @@ def count_bits(_typing, mask):
     return types.int64(types.int64), code
 
 
-@intrinsic
-def add_to(_typing, memory, number):
-    """Adds to an int64 that several threads count with, and returns what it was."""
-
-    def code(_context, builder, _signature, args):
-        return builder.atomic_rmw("add", args[0], args[1], "seq_cst")
-
-    return types.int64(memory, types.int64), code
-
-
-@intrinsic
-def read_from(_typing, memory):
-    """Such an int64, and all that was written before it was."""
-
-    def code(_context, builder, _signature, args):
-        return builder.load_atomic(args[0], "seq_cst", 8)
-
-    return types.int64(memory), code
-
-
-@intrinsic
-def let_others_run(_typing):
-    """Gives the core to another thread, if one waits for it."""
-
-    def code(context, builder, _signature, _args):
-        builder.call(_external(builder, "sched_yield", _I32, []), [])
-        return context.get_dummy_value()
-
-    return types.none(), code
-
-
-@intrinsic(prefer_literal=True)
-def address_of_symbol(_typing, name):
-    """The address of what this process knows by a name, found when code is loaded."""
-    symbol = name.literal_value
-
-    def code(_context, builder, _signature, _args):
-        return builder.ptrtoint(_external(builder, symbol, _I64, [_I64]), _I64)
-
-    return types.int64(name), code
-
-
-@intrinsic
-def call(_typing, function, argument):
-    """Calls the C function at an address with one address; returns an int64."""
-
-    def code(_context, builder, _signature, args):
-        kind = ir.FunctionType(_I64, [_I64]).as_pointer()
-        return builder.call(builder.inttoptr(args[0], kind), [args[1]])
-
-    return types.int64(types.int64, types.int64), code
-
-
-def _external(builder: Any, name: str, returned: Any, arguments: list) -> Any:
+def external(builder: Any, name: str, returned: Any, arguments: list) -> Any:
+    """A C function that this process knows by a name."""
     known = builder.module.globals.get(name)
     kind = ir.FunctionType(returned, arguments)
     return known or ir.Function(builder.module, kind, name)

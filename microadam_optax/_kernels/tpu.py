@@ -8,7 +8,7 @@ time, and what is selected is taken out in ascending order by a minimum over the
 positions that are left.
 
 Padding is not part of a program's rows; the caller adds zeros and tells how many
-elements a cell has. The arithmetic is that of `_leaf.update_blocks`, in float32.
+elements a cell has. The arithmetic is that of `_step.update_blocks`, in float32.
 """
 
 import functools
@@ -21,8 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 
 from microadam_optax import _moments
-from microadam_optax._kernels import _rows
-from microadam_optax._kernels._rows import Launch, Rows, Scalars
+from microadam_optax._kernels import _rows, _select
+from microadam_optax._kernels._rows import Launch, Rows, Scalars, Updated
 
 missing = unavailable = _rows.nothing
 reason_against = _rows.reason_against
@@ -30,21 +30,17 @@ reason_against = _rows.reason_against
 ROWS = 256  # in a program
 
 
-def update(old: Rows, scalars: Scalars, launch: Launch) -> Rows:
+def update(old: Rows, scalars: Scalars, launch: Launch) -> Updated:
     """One step of all rows, in place if `old` is donated."""
     rows = min(ROWS, old.codes.shape[0])
-
-    def tile(x: Any) -> pl.BlockSpec:
-        return pl.BlockSpec((rows, x.shape[1]), lambda i: (i, 0))
-
-    tiles = jax.tree.map(tile, old)
+    tiles = jax.tree.map(functools.partial(_tile, rows), old)
     numbers = jax.tree.map(lambda _: pl.BlockSpec(memory_space=tpu.SMEM), scalars)
     (new,) = pl.pallas_call(
         functools.partial(_update_rows, launch=launch),
-        out_shape=(_rows.like(old),),
+        out_shape=(_rows.updated_like(old),),
         grid=(pl.cdiv(old.codes.shape[0], rows),),
         in_specs=[tiles, numbers],
-        out_specs=(tiles,),
+        out_specs=(Updated(*tiles),),
         input_output_aliases={i: i for i in range(len(jax.tree.leaves(old)))},
         compiler_params=tpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=launch.interpret,
@@ -53,7 +49,11 @@ def update(old: Rows, scalars: Scalars, launch: Launch) -> Rows:
     return new
 
 
-def _update_rows(old: Rows, scalars: Scalars, new: Rows, launch: Launch) -> None:
+def _tile(rows: int, x: jax.Array) -> pl.BlockSpec:
+    return pl.BlockSpec((rows, x.shape[1]), lambda i: (i, 0))
+
+
+def _update_rows(old: Rows, scalars: Scalars, new: Updated, launch: Launch) -> None:
     bits, (rows, width) = launch.bits, old.codes.shape
     parts = range(8 // bits)
     lane = lax.broadcasted_iota(jnp.int32, (rows, width), 1)
@@ -69,7 +69,7 @@ def _update_rows(old: Rows, scalars: Scalars, new: Rows, launch: Launch) -> None
         accumulated.append(x if mask is None else jnp.where(mask, x, 0))
 
     everywhere = [lane >= 0] * len(at)
-    chosen = _rows.largest(accumulated, at, everywhere, launch.k)
+    chosen = _select.largest(accumulated, at, everywhere, launch.k)
     rest = _rows.each(lambda mask, x: jnp.where(mask, 0, x), chosen.masks, accumulated)
     (code,), ranges = _rows.quantize(rest, bits)
     new.codes[...] = code
@@ -77,7 +77,7 @@ def _update_rows(old: Rows, scalars: Scalars, new: Rows, launch: Launch) -> None
         new.ranges[:, i : i + 1] = number
 
     newest = [
-        jnp.where(mask, _rows.rounded(x, 16), 0)
+        jnp.where(mask, _rows.round_to(x, 7), 0)
         for mask, x in zip(chosen.masks, accumulated, strict=True)
     ]
     moments = [_rows.moments(x) for x in newest]
@@ -85,11 +85,11 @@ def _update_rows(old: Rows, scalars: Scalars, new: Rows, launch: Launch) -> None
         moments = _add_stored(moments, old, scalars, at, launch.k)
         _write_slot(old, new, scalars.start[0], chosen.masks, newest, at, launch.k)
     debias_mu, debias_nu, eps, root = (scalars.factors[i] for i in range(4))
-    dtype = new.gradient.dtype
+    dtype = new.update.dtype
     rescale = functools.partial(_rows.rescale, debias_mu, debias_nu, eps, root, dtype)
     for part, (mu, nu) in zip(parts, moments, strict=True):
         columns = slice(part * width, (part + 1) * width)
-        new.gradient[:, columns] = rescale(mu, nu)
+        new.update[:, columns] = rescale(mu, nu)
 
 
 def _is_real(at: jax.Array, rows: int, launch: Launch) -> jax.Array | None:
@@ -129,7 +129,7 @@ def _add_stored(
 
 def _write_slot(
     old: Rows,
-    new: Rows,
+    new: Updated,
     start: jax.Array,
     masks: list[jax.Array],
     newest: list[jax.Array],
@@ -138,11 +138,11 @@ def _write_slot(
 ) -> None:
     """What is selected, by ascending position, over the oldest slot."""
     column = lax.broadcasted_iota(jnp.int32, old.indices.shape, 1)
-    positions = _rows.each(lambda m, i: jnp.where(m, i, _rows.NOWHERE), masks, at)
+    positions = _rows.each(lambda m, i: jnp.where(m, i, _select.NOWHERE), masks, at)
 
     def put(rank: jax.Array, state: Any) -> Any:
         indices, values, last = state
-        left = [jnp.where(i > last, i, _rows.NOWHERE) for i in positions]
+        left = [jnp.where(i > last, i, _select.NOWHERE) for i in positions]
         index = _rows.reduce(jnp.minimum, jnp.min, left)
         value = _rows.reduce(
             jnp.add,

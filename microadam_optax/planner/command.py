@@ -5,109 +5,11 @@ import json
 import math
 import pathlib
 import sys
-from collections import Counter
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import optax
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
-
-from microadam_optax._dense import smaller_than
-from microadam_optax._microadam import microadam
-from microadam_optax._models import MODELS, shapes_of
-from microadam_optax.memory import array_bytes, optimizer_bytes
-
-DEVICES_GB = (16, 24, 40, 80, 141)
-GALORE_RANK = 128
-DTYPES = ("float32", "bfloat16", "float16")
-Shape = tuple[int, ...]
-RATE = 1e-3  # plays no part in what is held
-
-
-class Plan(NamedTuple):
-    """Bytes on one device with one optimizer; activations are not among them."""
-
-    optimizer: str
-    parameters: int
-    gradients: int
-    state: int
-
-    @property
-    def sum(self) -> int:
-        return self.parameters + self.gradients + self.state
-
-    def fits(self) -> list[int]:
-        return [size for size in DEVICES_GB if self.sum <= size * 1e9]
-
-
-class Candidate(NamedTuple):
-    """An optimizer, and the dtype of the parameters that it is initialized with."""
-
-    name: str
-    tx: optax.GradientTransformation
-    dtype: str
-
-
-def candidates(args: argparse.Namespace) -> list[Candidate]:
-    """Those that are compared; optax's moments have the parameters' dtype."""
-    dense = smaller_than(args.dense_below) if args.dense_below else None
-    ours = microadam(
-        RATE,
-        window=args.window,
-        density=args.density,
-        block_size=args.block_size,
-        error_bits=args.error_bits,
-        dense=dense,
-    )
-    setting = f"({args.window}, {100 * args.density:g} %), {args.error_bits} bits"
-    own, adam = args.params_dtype, optax.adam(RATE)
-    rows = [Candidate(f"Adam, {own} moments", adam, own)]
-    if own == "float32":
-        half = optax.adam(RATE, mu_dtype=jnp.bfloat16)
-        rows.append(Candidate("Adam, mu in bfloat16", half, own))
-    else:
-        rows.append(Candidate("Adam, float32 moments", adam, "float32"))
-    galore = optax.contrib.galore(RATE, rank=GALORE_RANK)
-    others = {
-        "Lion": optax.lion(RATE),
-        "Adafactor": optax.adafactor(RATE),
-        f"GaLore, rank {GALORE_RANK}": galore,
-        f"MicroAdam {setting}": ours,
-    }
-    return rows + [Candidate(name, tx, own) for name, tx in others.items()]
-
-
-def plan(config: dict[str, Any], args: argparse.Namespace) -> list[Plan]:
-    """For each optimizer, with everything sharded by the first axis that divides."""
-    mesh = AbstractMesh((args.devices,), ("fsdp",))
-
-    def place(shape: Shape) -> NamedSharding:
-        divided = [n % args.devices == 0 for n in shape]
-        axis = divided.index(True) if any(divided) else None
-        spec = () if axis is None else (None,) * axis + ("fsdp",)
-        return NamedSharding(mesh, PartitionSpec(*spec))
-
-    shapes = [(s, place(s), n) for s, n in Counter(shapes_of(config).values()).items()]
-
-    def weights(dtype: str) -> int:
-        return sum(
-            n * array_bytes(jax.ShapeDtypeStruct(shape, dtype), at)
-            for shape, at, n in shapes
-        )
-
-    def state(row: Candidate) -> int:
-        # Each leaf has its own part beside what is there without any: of equal leaves
-        # one is enough, however many layers there are.
-        shared = optimizer_bytes(row.tx, ())
-        leaves = ((jax.ShapeDtypeStruct(s, row.dtype), at, n) for s, at, n in shapes)
-        return shared + sum(
-            n * (optimizer_bytes(row.tx, leaf, at) - shared) for leaf, at, n in leaves
-        )
-
-    parameters = weights(args.params_dtype)
-    gradients = weights(args.gradients_dtype or args.params_dtype)
-    return [Plan(row.name, parameters, gradients, state(row)) for row in candidates(args)]
+from microadam_optax.planner.models import shapes_of
+from microadam_optax.planner.plans import DEVICES_GB, DTYPES, Plan, plan
+from microadam_optax.planner.sizes import MODELS
 
 
 def read_config(model: str) -> dict[str, Any]:
@@ -200,6 +102,7 @@ _count.__name__ = "non-negative integer"
 
 
 def make_parser() -> _Parser:
+    """The arguments of the command."""
     parser = _Parser(prog="microadam-memory", description=__doc__)
     add = parser.add_argument
     add("model", help=f"a config.json or its folder, or one of {', '.join(MODELS)}")

@@ -1,0 +1,129 @@
+"""The update of blocks on NVIDIA GPUs, in one pass over memory.
+
+A program of one warp takes a few rows; a row is a block of the leaf with its state.
+It loads the gradient, the packed error and the range, adds them up, and finds the k
+largest magnitudes by the bits of the float, an order that the hardware reduces in
+one instruction: a few one by one, more by bisection, counting how many reach a
+threshold until exactly k do. What is left is quantized again.
+
+At window 1 the update is a function of each selected element, and nothing else is
+read or written. At longer windows most elements of a row have no entry: zeros are
+written, and over them the updates of the entries, through their indices. First those
+selected now, read back from the slot that they were stored in; then the older ones,
+where entries of several slots at one place are summed by comparing all with each
+other, and what was selected there now is computed once more.
+
+Everything old is read before anything is written, because the update takes the place
+of the gradient and the new state that of the old. The arithmetic is that of
+`_step.update_blocks`, in float32.
+
+A row is a list of ``8 / bits`` parts, arrays ``(rows, lanes)``. The codes of part 0
+are the lowest bits of the row's bytes, so no element ever changes its lane.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from microadam_optax._kernels import _rows, _select, gpu_memory, gpu_window
+from microadam_optax._kernels._rows import Launch, Rows, Scalars, Updated
+from microadam_optax._kernels.gpu_memory import Place
+
+
+class _Lanes(NamedTuple):
+    """Where the elements of a row are: for each part, or piece of it, arrays."""
+
+    columns: list[jax.Array]  # of bytes, (1, lanes)
+    filled: list[jax.Array]  # which bytes there are, bool (rows, lanes)
+    at: list[jax.Array]  # positions in the row, of all parts
+    real: list[jax.Array]  # which elements there are
+    inside: list[jax.Array]  # which are not padding
+
+
+def update_rows(
+    old: Rows, scalars: Scalars, new: Updated, launch: Launch, rows: int
+) -> None:
+    """One step of the rows of a program."""
+    window = 1 if old.indices is None else 1 + old.indices.shape[1] // launch.k
+    store = functools.partial(gpu_memory.store, interpret=launch.interpret)
+    debias_mu, debias_nu, eps, root = (scalars.factors[i] for i in range(4))
+    dtype = new.update.dtype
+    rescale = functools.partial(_rows.rescale, debias_mu, debias_nu, eps, root, dtype)
+    place = gpu_memory.place_of(old, launch, rows)
+    lanes = _lanes(old, place, launch, window)
+
+    step, zero = (
+        gpu_memory.load(old.ranges, (place.row, i), place.exists).astype(jnp.float32)
+        for i in (0, 1)
+    )
+    error = functools.partial(_rows.dequantize, step=step, zero=zero, bits=launch.bits)
+    accumulated = _accumulate(old, place, lanes, error, launch)
+    chosen = _select.largest(accumulated, lanes.at, lanes.real, launch.k)
+    rest = _rows.each(lambda mask, x: jnp.where(mask, 0, x), chosen.masks, accumulated)
+    newest = _rows.each(lambda mask, x: jnp.where(mask, x, 0), chosen.masks, accumulated)
+    older = None
+    if window > 1:
+        older = gpu_window.older(old, scalars, place, error, chosen, launch)
+    gpu_memory.barrier(launch)
+
+    _store_error(new, place, lanes, _rows.quantize(rest, launch.bits), store)
+    for i, x, mask in zip(lanes.at, newest, lanes.inside, strict=True):
+        x = jnp.zeros_like(x) if older else rescale(*_rows.moments(_rows.round_to(x, 7)))
+        store(new.update, (place.cell, place.begin + i), x, mask)
+    if older is None:
+        return
+    gpu_window.write_slot(new, scalars.start[0], place, chosen, lanes.at, newest, store)
+    gpu_memory.barrier(launch)
+    index, mu, nu, mask = gpu_window.selected(new, scalars, place, launch)
+    store(new.update, (place.cell, place.begin + index), rescale(mu, nu), mask)
+    gpu_memory.barrier(launch)
+    index, mu, nu, mask = older
+    store(new.update, (place.cell, place.begin + index), rescale(mu, nu), mask)
+
+
+def _lanes(old: Rows, place: Place, launch: Launch, window: int) -> _Lanes:
+    """The elements of rows, in pieces of parts.
+
+    With 32 lanes, one for each thread, a part can be stored to scattered places without
+    being laid out anew; else wider loads and stores save more.
+    """
+    width = old.codes.shape[1]
+    scattered = launch.k > _select.ONE_BY_ONE and window > 1
+    size = 32 if scattered else pl.next_power_of_2(width)
+    lane = lax.broadcasted_iota(jnp.int32, (1, size), 1)
+    columns = [lane + first for first in range(0, width, size)]
+    filled = [gpu_memory.filled(place, column, width) for column in columns]
+    parts = range(8 // launch.bits)
+    at = [part * width + column for part in parts for column in columns]
+    real = [mask for _ in parts for mask in filled]
+    inside = [
+        gpu_memory.inside(place, i, mask, launch)
+        for i, mask in zip(at, real, strict=True)
+    ]
+    return _Lanes(columns, filled, at, real, inside)
+
+
+def _accumulate(
+    old: Rows, place: Place, lanes: _Lanes, error: Callable, launch: Launch
+) -> list[jax.Array]:
+    """Gradient and error; zeros where an element is padding or is not."""
+    pairs = zip(lanes.columns, lanes.filled, strict=True)
+    bytes_ = [gpu_memory.load(old.codes, (place.row, i), mask) for i, mask in pairs]
+    errors = [error(byte, part) for part in range(8 // launch.bits) for byte in bytes_]
+    add = functools.partial(gpu_memory.add_gradient, old, place)
+    return _rows.each(add, lanes.at, errors, lanes.inside)
+
+
+def _store_error(
+    new: Updated, place: Place, lanes: _Lanes, error: Any, store: Callable
+) -> None:
+    codes, ranges = error
+    for i, mask, code in zip(lanes.columns, lanes.filled, codes, strict=True):
+        store(new.codes, (place.row, i), code, mask)
+    for column, number in enumerate(ranges):
+        store(new.ranges, (place.row, column), number, place.exists)
