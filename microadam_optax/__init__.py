@@ -1,5 +1,6 @@
 """MicroAdam for JAX: Adam in less than a byte of optimizer state a parameter."""
 
+from microadam_optax import layerwise as layerwise
 from microadam_optax import memory as memory
 from microadam_optax._apply import apply_updates_stochastic as apply_updates_stochastic
 from microadam_optax._apply import lost_updates as lost_updates

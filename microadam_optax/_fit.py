@@ -4,17 +4,22 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from microadam_optax import _state
 from microadam_optax._blocks import Layout
 from microadam_optax._form import Form, form_of, forms, shape_of
 from microadam_optax._paths import shown
+from microadam_optax._saved import (
+    Arrays,
+    Names,
+    Param,
+    arrays_of,
+    expected_of,
+    names_of,
+    params_of,
+)
 from microadam_optax._state import LeafState, MicroAdamState, Moments, Settings
-
-Names = tuple[str, ...]
-Arrays = dict[Names, jax.ShapeDtypeStruct]
 
 
 def check_checkpoint(saved: Any, tx: optax.GradientTransformation, params: Any) -> None:
@@ -45,20 +50,20 @@ def check_checkpoint(saved: Any, tx: optax.GradientTransformation, params: Any) 
 transformation has `window` 2.
     """
     expected = jax.eval_shape(tx.init, params)
-    found, wanted = _arrays(saved), _arrays(expected)
+    found, wanted = arrays_of(saved), expected_of(expected, params)
     nodes = jax.tree_util.tree_leaves_with_path(
         expected, is_leaf=lambda x: isinstance(x, MicroAdamState)
     )
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = params_of(params)
     _check_version(found)
     for prefix, node in nodes:
         if isinstance(node, MicroAdamState):
-            here = _names(prefix)
+            here = names_of(prefix)
             if (*here, "count") in found:
                 _state.check_key(found.get((*here, "key")), (*here, "key") in wanted)
-            _check_dense(here, [path for path, _ in leaves], found, wanted)
-            for path, leaf in leaves:
-                _check_leaf(here, path, jnp.shape(leaf), found, wanted)
+            _check_dense(here, leaves, found, wanted)
+            for leaf in leaves:
+                _check_leaf(here, leaf, found, wanted)
     _check_arrays(found, wanted)
 
 
@@ -101,61 +106,39 @@ def _check_version(found: Arrays) -> None:
         )
 
 
-def _check_dense(here: Names, paths: list[Any], found: Arrays, wanted: Arrays) -> None:
+def _check_dense(here: Names, leaves: list[Param], found: Arrays, wanted: Arrays) -> None:
     """Compares which leaves are dense and which compressed."""
-    having = functools.partial(_having, here, paths)
+    having = functools.partial(_having, here, leaves)
     was, now = having(found, "mu"), having(wanted, "mu")
     differ = [x for x in having(found, "codes") if x in now]
     differ += [x for x in was if x in having(wanted, "codes")]
     if differ:
-        names = ", ".join(shown(path) for path in was)
+        names = ", ".join(shown(x.path) for x in was)
         made = f"a `dense` that names {names}" if was else "`dense=None`, or other shapes"
         raise ValueError(
             f"The saved optimizer state was made with {made}, but the `dense` of this "
             f"transformation {'names' if differ[0] in now else 'lacks'} "
-            f"{shown(differ[0])}."
+            f"{shown(differ[0].path)}."
         )
 
 
-def _having(here: Names, paths: list[Any], arrays: Arrays, field: str) -> list[Any]:
-    return [x for x in paths if (*here, field, *_names(x)) in arrays]
+def _having(here: Names, leaves: list[Param], arrays: Arrays, field: str) -> list[Param]:
+    return [x for x in leaves if (*here, field, *x.names) in arrays]
 
 
-def _check_leaf(
-    here: Names, path: Any, shape: tuple[int, ...], found: Arrays, wanted: Arrays
-) -> None:
+def _check_leaf(here: Names, leaf: Param, found: Arrays, wanted: Arrays) -> None:
     """Compares what two sets of arrays tell of a leaf, if both tell something."""
     states, told = [], []
     for arrays in (found, wanted):
         ages = arrays.get((*here, "ages"))
-        of = (arrays.get((*here, x, *_names(path))) for x in LeafState._fields)
+        of = (arrays.get((*here, x, *leaf.names)) for x in LeafState._fields)
         states.append(LeafState(*(None if x is None else x.shape for x in of)))
         window = 1 if ages is None else ages.size + 1
         codes = states[-1].codes
-        told.append(form_of(shape, states[-1], window) if codes else None)
+        told.append(form_of(leaf.shape, states[-1], window) if codes else None)
     made, asked = told
     if asked and states[0].codes:
-        check_form(path, shape, states[0], made, asked)
-
-
-def _arrays(tree: Any) -> Arrays:
-    """The arrays as they are saved, by the names on their way."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {_names(path): _as_saved(leaf) for path, leaf in leaves}
-
-
-def _as_saved(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Of a typed PRNG key its raw data, of a Python number the array it becomes."""
-    shape = tuple(leaf.shape) if hasattr(leaf, "shape") else jnp.shape(leaf)
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
-        return jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(shape, dtype))
-    return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype))
-
-
-def _names(path: Any) -> Names:
-    """A path without the types of its containers, of which a checkpoint keeps none."""
-    return tuple(jax.tree_util.keystr((x,), simple=True) for x in path)
+        check_form(leaf.path, leaf.shape, states[0], made, asked)
 
 
 def check_state(

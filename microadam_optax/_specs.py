@@ -1,6 +1,9 @@
 """What a leaf's sharding means for its state: the same, less what does not divide."""
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -70,9 +73,28 @@ def vary(tree: Any, axes: frozenset[Any]) -> Any:
     return jax.tree.map(cast, tree)
 
 
-def is_manual() -> bool:
-    """Whether a `jax.shard_map` is around: arrays may be parts of a leaf."""
-    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+_layer: contextvars.ContextVar[Any] = contextvars.ContextVar("layer", default=None)
+
+
+@contextlib.contextmanager
+def of_layer(number: Any) -> Iterator[None]:
+    """While leaves are one layer of stacked ones, and it has this number."""
+    token = _layer.set(number)
+    try:
+        yield
+    finally:
+        _layer.reset(token)
+
+
+def layer() -> Any:
+    """The number of the layer that leaves are of, or None."""
+    return _layer.get()
+
+
+def are_parts() -> bool:
+    """Whether arrays may be parts of leaves: of a layer, or in a `jax.shard_map`."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return bool(manual) or _layer.get() is not None
 
 
 def devices() -> int:

@@ -29,6 +29,7 @@ class Step(NamedTuple):
     prng: jax.Array | None  # a PRNG key for stochastic rounding
     debias_mu: Any = None  # float32, what the sums of a leaf are multiplied by
     debias_nu: Any = None
+    layer: Any = None  # int32, if leaves are one of stacked layers and rounded at random
 
 
 def update_blocks(

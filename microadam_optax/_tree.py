@@ -122,7 +122,7 @@ def _layouts(
 ) -> list[Layout | None]:
     """How leaves lie in blocks, None if dense; ValueError if not as the state says."""
     choices = [isinstance(x, Moments) for x in old]
-    if not _specs.is_manual():  # else what `dense` sees need not be a whole leaf
+    if not _specs.are_parts():  # else what `dense` sees need not be a whole leaf
         choices = _dense.choose(options.dense, gradients)
     layouts = []
     for (path, gradient), state, is_dense in zip(
@@ -147,7 +147,8 @@ def _first_step(options: Options, state: MicroAdamState) -> _step.Step:
         prng = jax.random.wrap_key_data(prng, impl=_step.PRNG)
         prng = jax.random.fold_in(prng, state.count)
     count = optax.safe_increment(state.count)
-    return _step.Step(count, ages, b1, b2, eps, eps_root, prng)
+    layer = None if prng is None else _specs.layer()
+    return _step.Step(count, ages, b1, b2, eps, eps_root, prng, layer=layer)
 
 
 def _update_dense(

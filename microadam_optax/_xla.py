@@ -36,7 +36,7 @@ def update(
     cells = _blocks.split(gradient, layout)
     if not layout.padded:
         cells = cells.reshape(*layout.grid, layout.blocks, layout.block)
-    leaf = _Leaf(cells, old, None if step.prng is None else _numbers(layout))
+    leaf = _Leaf(cells, old, None if step.prng is None else _numbers(layout, step))
 
     axes = range(len(layout.grid) + (not layout.padded))
     blocks = layout.blocks if layout.padded else None
@@ -109,10 +109,13 @@ def _update_cells(leaf: _Leaf, step: Step, layout: Layout, settings: Settings) -
     return _Leaf(_blocks.unpad(rows, cells.shape[-1]), new, numbers)
 
 
-def _numbers(layout: Layout) -> jax.Array:
-    """Of all blocks of a leaf, uint32 ``(*grid, blocks, 1)``."""
+def _numbers(layout: Layout, step: Step) -> jax.Array:
+    """Of all blocks of a leaf, uint32 ``(*grid, blocks, 1)``, by layer if it is one."""
     shape = (*layout.grid, layout.blocks, 1)
-    return jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
+    numbers = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
+    if step.layer is None:
+        return numbers
+    return numbers + step.layer.astype(jnp.uint32) * math.prod(shape)
 
 
 def _starts(leaf: _Leaf, ages: jax.Array | None) -> _Leaf:

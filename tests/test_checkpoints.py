@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -173,3 +174,21 @@ def test_paths_that_read_alike():
     check_checkpoint(state, tx, params)
     with pytest.raises(ValueError, match="nothing at 0/codes/a/b"):
         check_checkpoint(tx.init({"a": params["a"]}), tx, params)
+
+
+def test_the_state_of_an_nnx_optimizer():
+    """Its arrays are in variables; a checkpoint may have these or what they hold."""
+    tx = make()
+    model = nnx.Linear(32, 1376, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    params, whole = nnx.state(model, nnx.Param), nnx.state(optimizer)
+    other = nnx.Optimizer(model, microadam(1e-2, window=7), wrt=nnx.Param)
+    for own in (params, nnx.to_pure_dict(params)):
+        for state in (optimizer.opt_state, whole["opt_state"], _as_dict(whole)):
+            check_checkpoint(state, tx, own)
+        with pytest.raises(ValueError, match="was made with `window` 7, but"):
+            check_checkpoint(other.opt_state, microadam(1e-2), own)
+
+
+def _as_dict(state):
+    return nnx.to_pure_dict(state)["opt_state"]

@@ -1,0 +1,73 @@
+"""The arrays of a state or a checkpoint, by the names on their way."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import GetAttrKey
+
+Names = tuple[str, ...]
+Arrays = dict[Names, jax.ShapeDtypeStruct]
+_VARIABLE = "value"  # the only array of a variable of Flax NNX
+
+
+class Param(NamedTuple):
+    """A parameter."""
+
+    path: Any
+    names: Names
+    shape: tuple[int, ...]
+
+
+def arrays_of(tree: Any) -> Arrays:
+    """The arrays as they are saved."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    found = {names_of(path): _as_saved(leaf) for path, leaf in leaves}
+    if all(names[-1:] == (_VARIABLE,) for names in found):
+        return {names[:-1]: array for names, array in found.items()}
+    return found
+
+
+def expected_of(tree: Any, params: Any) -> Arrays:
+    """The arrays of a state that was made of these parameters."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    variables = _are_variables(params)
+    return {
+        _without_variable(path) if variables else names_of(path): _as_saved(leaf)
+        for path, leaf in leaves
+    }
+
+
+def params_of(tree: Any) -> list[Param]:
+    """The parameters; variables of NNX are what they hold."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    variables = _are_variables(tree)
+    return [
+        Param(path, _without_variable(path) if variables else names_of(path), x.shape)
+        for path, x in ((path, _as_saved(leaf)) for path, leaf in leaves)
+    ]
+
+
+def names_of(path: Any) -> Names:
+    """A path without the types of its containers, of which a checkpoint keeps none."""
+    return tuple(jax.tree_util.keystr((x,), simple=True) for x in path)
+
+
+def _are_variables(params: Any) -> bool:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return all(path and path[-1] == GetAttrKey(_VARIABLE) for path, _ in leaves)
+
+
+def _without_variable(path: Any) -> Names:
+    if path and path[-1] == GetAttrKey(_VARIABLE):
+        path = path[:-1]
+    return names_of(path)
+
+
+def _as_saved(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Of a typed PRNG key its raw data, of a Python number the array it becomes."""
+    shape = tuple(leaf.shape) if hasattr(leaf, "shape") else jnp.shape(leaf)
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        return jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(shape, dtype))
+    return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype))

@@ -1,0 +1,267 @@
+"""Training layer by layer gives what ordinary training gives, in less memory.
+
+If it fails, a model trained layer by layer learns something else, cannot go on as an
+ordinary one, or does not fit where it was said to fit.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from microadam_optax import (
+    PAPER,
+    apply_updates_stochastic,
+    layerwise,
+    microadam,
+    state_shardings,
+)
+
+LAYERS, WIDTH, INNER, BATCH = 4, 64, 96, 16
+SCHEDULE = optax.cosine_decay_schedule(1e-2, 20)
+TRANSFORMATIONS = {
+    "default": microadam(1e-2),
+    "paper with a schedule": microadam(SCHEDULE, weight_decay=1e-3, **PAPER),
+    "XLA": microadam(1e-2, implementation="xla", block_size=64),
+    "matched": microadam(1e-2, window=1, density=0.25, match_adam=True),
+    "random rounding": microadam(1e-2, stochastic_rounding=True),
+    "adamw": optax.adamw(1e-2),
+    "lion, clipped by block": optax.chain(optax.clip_by_block_rms(1.0), optax.lion(1e-3)),
+}
+
+
+def block(layer, x):
+    scale = jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+    return x + jax.nn.gelu((scale * x * layer["norm"]) @ layer["up"]) @ layer["down"]
+
+
+def parameters(dtype=jnp.float32, width=WIDTH, inner=INNER, layers=LAYERS):
+    rng = np.random.default_rng(0)
+    return {
+        "norm": jnp.ones((layers, width), dtype),
+        "up": jnp.asarray(rng.normal(0, 0.1, (layers, width, inner)), dtype),
+        "down": jnp.asarray(rng.normal(0, 0.1, (layers, inner, width)), dtype),
+    }
+
+
+def data(dtype=jnp.float32):
+    rng = np.random.default_rng(1)
+    return jnp.asarray(rng.normal(size=(2, BATCH, WIDTH)), dtype)
+
+
+def loss_of(target, y):
+    return jnp.mean((y - target) ** 2)
+
+
+def ordinary(tx, params, state, x, target):
+    """One step as everybody writes it, layers scanned and rematerialized."""
+
+    def loss(params, x):
+        remat = jax.checkpoint(block)
+        y, _ = jax.lax.scan(lambda x, layer: (remat(layer, x), None), x, params)
+        return loss_of(target, y)
+
+    value, (gradients, dx) = jax.value_and_grad(loss, (0, 1))(params, x)
+    updates, state = tx.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state, value, dx
+
+
+def by_layers(tx, params, state, x, target, apply=optax.apply_updates):
+    y, backward = layerwise.vjp(block, params, x)
+    value, dy = jax.value_and_grad(functools.partial(loss_of, target))(y)
+    dx, params, state = backward(dy, state, tx, apply=apply)
+    return params, state, value, dx
+
+
+def run(step, tx, steps, params, state):
+    step = jax.jit(functools.partial(step, tx), donate_argnums=(0, 1))
+    for _ in range(steps):
+        params, state, value, dx = step(params, state, *data())
+    return params, state, value, dx
+
+
+def assert_same_bits(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_it_is_the_ordinary_step(name):
+    """Parameters, state, loss and the gradient of the input, in every bit."""
+    tx = TRANSFORMATIONS[name]
+    found = [
+        run(step, tx, 20, parameters(), tx.init(parameters()))
+        for step in (ordinary, by_layers)
+    ]
+    assert_same_bits(*found)
+
+
+def test_both_ways_may_alternate():
+    tx, params = microadam(1e-2, window=3), parameters()
+    want = run(ordinary, tx, 4, parameters(), tx.init(params))
+    params, state, *_ = run(by_layers, tx, 2, params, tx.init(params))
+    assert_same_bits(run(ordinary, tx, 2, params, state), want)
+
+
+def test_bfloat16_parameters_rounded_at_random():
+    """Each layer with noise of its own; on average where float32 would be."""
+    tx, params = microadam(1e-3), parameters(jnp.bfloat16)
+    params["up"] = jnp.broadcast_to(params["up"][:1], params["up"].shape)
+    state, keys = tx.init(params), jax.random.split(jax.random.key(0), 20)
+
+    def step(key, params, state, x, target):
+        def apply(layer, updates, number):
+            own = jax.random.fold_in(key, number)
+            return apply_updates_stochastic(layer, updates, own)
+
+        return by_layers(tx, params, state, x, target, apply)
+
+    step = jax.jit(step)
+    values = []
+    for key in keys:
+        params, state, value, _ = step(key, params, state, *data(jnp.bfloat16))
+        values.append(float(value))
+    assert params["up"].dtype == jnp.bfloat16
+    assert values[-1] < 0.9 * values[0]
+
+
+def test_apply_is_told_the_number_of_the_layer():
+    tx, params = optax.sgd(0.0), parameters()
+
+    def apply(layer, updates, number):
+        return jax.tree.map(lambda p, u: p + u + number, layer, updates)
+
+    new, *_ = by_layers(tx, params, tx.init(params), *data(), apply)
+    added = new["norm"] - params["norm"]
+    np.testing.assert_allclose(added, np.arange(LAYERS)[:, None] + 0 * added, atol=1e-6)
+
+
+def test_shared_arguments_reach_every_layer():
+    def masked(layer, x, mask):
+        return x + mask * jnp.tanh(x @ layer["w"])
+
+    layers = {"w": jnp.zeros((3, 8, 8))}
+    x, mask = jnp.ones((2, 8)), jnp.zeros(8).at[0].set(1.0)
+    y, backward = layerwise.vjp(masked, layers, x, mask)
+    tx = optax.sgd(1.0)
+    _, new, _ = backward(jnp.ones_like(y), tx.init(layers), tx)
+    moved = np.abs(np.asarray(new["w"] - layers["w"])).max((0, 1))
+    assert moved[0] > 0
+    assert not moved[1:].any()
+
+
+def test_clipping_by_the_global_norm():
+    """The norm is that of all gradients, and a scaled `dy` gives scaled ones."""
+    params, (x, target) = parameters(), data()
+    others = {"head": jnp.full(7, 2.0)}
+
+    def loss(params):
+        y, _ = jax.lax.scan(lambda x, layer: (block(layer, x), None), x, params)
+        return loss_of(target, y)
+
+    gradients = jax.grad(loss)(params)
+    want = optax.tree.norm((gradients, others))
+    y, backward = layerwise.vjp(block, params, x)
+    dy = jax.grad(functools.partial(loss_of, target))(y)
+    norm = layerwise.global_norm(backward, dy, others)
+    np.testing.assert_allclose(norm, want, rtol=1e-5)
+    tx = optax.sgd(1.0)
+    _, new, _ = backward(dy * 0.5, tx.init(params), tx)
+    half = jax.tree.map(lambda p, g: p - 0.5 * g, params, gradients)
+    for got, expected in zip(jax.tree.leaves(new), jax.tree.leaves(half), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["microadam", "XLA", "adamw"])
+def test_nothing_of_the_size_of_the_stack_is_allocated(name):
+    """The peak in bytes a parameter: parameters, state and at most 1.9 more."""
+    tx = {
+        "microadam": microadam(1e-3),
+        "XLA": microadam(1e-3, implementation="xla"),
+        "adamw": optax.adamw(1e-3),
+    }[name]
+    params = jax.eval_shape(lambda: parameters(width=512, inner=1536, layers=16))
+    state = jax.eval_shape(tx.init, params)
+    batch = jax.ShapeDtypeStruct((128, 512), jnp.float32)
+    step = jax.jit(functools.partial(by_layers, tx), donate_argnums=(0, 1))
+    compiled = step.lower(params, state, batch, batch).compile()
+    held = compiled.memory_analysis()
+    number = sum(x.size for x in jax.tree.leaves(params))
+    kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, state)))
+    assert held.alias_size_in_bytes >= kept
+    assert held.temp_size_in_bytes <= 1.9 * number
+
+
+@pytest.mark.parametrize("spec", [P(None, "d"), P(None, None, "d")], ids=str)
+def test_on_a_mesh(spec):
+    """Sharded over 8 devices: as on one, and a layer costs no more communication."""
+    tx, params = microadam(1e-2, density=0.25), parameters()
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    own = {name: NamedSharding(mesh, spec) for name in ("up", "down")}
+    own["norm"] = NamedSharding(mesh, P(None, "d"))
+    want = run(by_layers, tx, 3, params, tx.init(params))
+    params = jax.device_put(parameters(), own)
+    places = own, state_shardings(tx, params, own)
+    state = jax.jit(tx.init, out_shardings=places[1])(params)
+    counts = []
+    for step in (ordinary, by_layers):
+        pinned = jax.jit(functools.partial(step, tx), out_shardings=(*places, None, None))
+        text = pinned.lower(params, state, *data()).compile().as_text()
+        counts.append(sum(text.count(f" {x}(") for x in COLLECTIVES))
+    assert counts[1] <= counts[0]
+    for _ in range(3):
+        params, state, value, _ = pinned(params, state, *data())
+    np.testing.assert_allclose(value, want[2], rtol=1e-4)
+    np.testing.assert_array_equal(state[0].count, 3)
+    for name in params:
+        close = np.isclose(params[name], want[0][name], rtol=1e-3, atol=1e-5)
+        assert close.mean() > 0.99
+
+
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ({}, "`layers` has no arrays."),
+        (
+            {"a": jnp.ones((3, 4)), "b": jnp.ones((2, 4))},
+            r"\['b'\] has the shape \(2, 4",
+        ),
+        ({"a": jnp.ones((3, 4)), "b": jnp.float32(1)}, r"\['b'\] has the shape \(\)"),
+    ],
+)
+def test_layers_that_are_not_stacked(layers, words):
+    with pytest.raises(ValueError, match=words):
+        layerwise.vjp(block, layers, jnp.ones(4))
+
+
+def test_a_layer_smaller_than_a_block_must_be_dense_or_have_a_grid():
+    def shifted(layer, x):
+        return x * (1 + layer["bias"])
+
+    def step(tx):
+        layers = {"bias": jnp.ones((4, 32))}
+        y, backward = layerwise.vjp(shifted, layers, jnp.ones((2, 32)))
+        return backward(y, tx.init(layers), tx)
+
+    with pytest.raises(ValueError, match=r"\[0\]\.codes\['bias'\] has the shape \(2, "):
+        step(microadam(1e-2, dense=None))
+    step(microadam(1e-2))
+    _, layers, _ = step(microadam(1e-2, dense=None, grid={"bias": (4, 1)}))
+    moved = layers["bias"] != 1
+    np.testing.assert_array_equal(moved.sum(1), 2)  # of 32, 6 % of each layer
