@@ -6,8 +6,8 @@
 
 Models of Llama's kind whose layers are stacked and scanned, each rematerialized in the
 backward pass; forward, backward, update and `apply_updates` in one program that donates
-parameters and state. Compiled, not run. With `--only` just the rows whose line has that
-text; others stay as they were.
+parameters and state. "Layer by layer" updates each layer in the backward pass. Compiled,
+not run. With `--only` just the rows whose line has that text; others stay as they were.
 """
 
 import argparse
@@ -16,7 +16,8 @@ import itertools
 import json
 import pathlib
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +29,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 import kernels
 from common import report
 from gpu import with_float32_state
-from microadam_optax import microadam
+from microadam_optax import layerwise, microadam
 from microadam_optax.planner.models import shapes_of
+from microadam_optax.planner.sizes import MODELS as SIZES
 from peak_memory import CONFIG, block, cross_entropy, normalized, of_layer
 
 RATE = 1e-3  # plays no part in what is held
 EVERY = 4  # micro-batches of `optax.MultiSteps`
 Params = dict[str, Any]
-BATCH, LENGTH, LAYERS = 4, 512, "num_hidden_layers"
+EMBEDDING = "embed/embedding"
+LAYERS = "num_hidden_layers"
 LARGER = CONFIG | {
     "hidden_size": 2048,
     "intermediate_size": 5504,
@@ -51,8 +54,23 @@ SMALLER = LARGER | {
     "num_attention_heads": 10,
     "num_key_value_heads": 10,
 }
-MODELS = {"1.7B": LARGER, "0.5B": SMALLER}
-HEAD = 128  # the width of one, in both models
+HEAD = 128  # the width of one, in all models
+BY_LAYER = "MicroAdam, layer by layer"
+
+
+class Model(NamedTuple):
+    """A model, and the tokens of a batch."""
+
+    config: dict
+    batch: int
+    length: int
+
+
+MODELS = {
+    "1.7B": Model(LARGER, 4, 512),
+    "0.5B": Model(SMALLER, 4, 512),
+    "Llama-2-7B": Model(CONFIG | SIZES["llama2-7b"], 1, 2048),
+}
 
 
 def shapes(config: dict, dtype: Any) -> Params:
@@ -70,10 +88,34 @@ def shapes(config: dict, dtype: Any) -> Params:
 def mean_loss(params: Params, tokens: jax.Array) -> jax.Array:
     rest = params["rest"]
     one = jax.checkpoint(functools.partial(block, head=HEAD))
-    x = rest["embed/embedding"][tokens[:, :-1]]
+    x = rest[EMBEDDING][tokens[:, :-1]]
     x, _ = jax.lax.scan(lambda x, layer: (one(x, layer), None), x, params["layers"])
+    return head_loss(rest, x, tokens)
+
+
+def head_loss(rest: dict[str, jax.Array], x: jax.Array, tokens: jax.Array) -> jax.Array:
     logits = normalized(x, rest["norm/scale"]) @ rest["head/kernel"]
     return cross_entropy(logits, tokens)
+
+
+def ordinary(tx: Any, params: Params, state: Any, tokens: jax.Array) -> Any:
+    loss, gradients = jax.value_and_grad(mean_loss)(params, tokens)
+    updates, state = tx.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state, loss
+
+
+def by_layer(tx: Any, params: Params, state: Any, tokens: jax.Array) -> Any:
+    rest, state = params["rest"], dict(state)
+    embedded, pull = jax.vjp(lambda table: table[tokens[:, :-1]], rest[EMBEDDING])
+    y, backward = layerwise.vjp(
+        lambda layer, x: block(x, layer, head=HEAD), params["layers"], embedded
+    )
+    of_head = jax.value_and_grad(head_loss, (0, 1))
+    loss, (gradients, dy) = of_head(rest, y, tokens)
+    dx, layers, state["layers"] = backward(dy, state["layers"], tx)
+    gradients |= {EMBEDDING: pull(dx)[0]}
+    updates, state["rest"] = tx.update(gradients, state["rest"], rest)
+    return {"layers": layers, "rest": optax.apply_updates(rest, updates)}, state, loss
 
 
 def transformations() -> dict[str, optax.GradientTransformation]:
@@ -89,26 +131,26 @@ def transformations() -> dict[str, optax.GradientTransformation]:
         "MicroAdam": ours(),
         "MicroAdam (1, 25 %)": ours(window=1, density=0.25),
         'MicroAdam, implementation="xla"': ours(implementation="xla"),
+        BY_LAYER: ours(),
     }
 
 
-def compile_step(device: Any, config: dict, dtype: Any, tx: Any) -> Any:
+def compile_step(device: Any, model: Model, dtype: Any, tx: Any, how: Callable) -> Any:
     """The donated step, compiled for a device."""
     whole = NamedSharding(
         jax.sharding.Mesh(np.array([device]), ("device",)), PartitionSpec()
     )
-
-    @functools.partial(
-        jax.jit, donate_argnums=(0, 1), in_shardings=whole, out_shardings=whole
+    step = jax.jit(
+        functools.partial(how, tx),
+        donate_argnums=(0, 1),
+        in_shardings=whole,
+        out_shardings=whole,
     )
-    def step(params, state, tokens):
-        loss, gradients = jax.value_and_grad(mean_loss)(params, tokens)
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
-    params = shapes(config, dtype)
+    params = shapes(model.config, dtype)
     state = jax.eval_shape(tx.init, params)
-    tokens = jax.ShapeDtypeStruct((BATCH, LENGTH + 1), jnp.int32)
+    if how is by_layer:
+        state = {kind: jax.eval_shape(tx.init, own) for kind, own in params.items()}
+    tokens = jax.ShapeDtypeStruct((model.batch, model.length + 1), jnp.int32)
     return step.trace(params, state, tokens).lower().compile()
 
 
@@ -143,16 +185,23 @@ def main() -> None:
         MODELS, ("bfloat16", "float32"), transformations(), (1, EVERY)
     )
     for name, dtype, title, every in cases:
+        if every > 1 and (title == BY_LAYER or name == "Llama-2-7B"):
+            continue
         line = f"{name} {dtype} {title}" + ", MultiSteps" * (every > 1)
         if args.only in line:
             tx = transformations()[title]
             if every > 1:
                 tx = optax.MultiSteps(tx, every).gradient_transformation()
             began = time.process_time()
-            compiled = compile_step(made.devices[0], MODELS[name], dtype, tx)
+            how = by_layer if title == BY_LAYER else ordinary
+            compiled = compile_step(made.devices[0], MODELS[name], dtype, tx, how)
             spent = {"compile_cpu_seconds": time.process_time() - began}
             row = {"line": line, "model": name, "dtype": dtype, "optimizer": title}
-            row |= {"every": every, **account(compiled, MODELS[name], dtype), **spent}
+            row |= {
+                "every": every,
+                **account(compiled, MODELS[name].config, dtype),
+                **spent,
+            }
             rows[line] = row
             print(f"{line}: {row['peak']:.2f} bytes a parameter", flush=True)
             report("gpu_memory", {"rows": list(rows.values())})

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from microadam_optax import _specs, _state
+from microadam_optax import _chunks, _specs, _state
 from microadam_optax._paths import shown
 
 Block = Callable[..., Any]
@@ -124,7 +124,8 @@ class Backward:
             with _specs.of_layer(number):
                 updates, new = tx.update(gradients, old, layer)
             layer = apply(layer, updates, number) if numbered else apply(layer, updates)
-            layer, new = lax.optimization_barrier((layer, new))
+            # Else XLA keeps a copy of the whole state, to read from what is written over.
+            layer, new = _chunks.fence((layer, new), always=number >= 0)
             now = jax.tree.map(
                 lambda own, x, part: _put_part(x, number, part) if own else part,
                 by_layer,
