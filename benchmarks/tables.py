@@ -17,6 +17,7 @@ CORES, ISSUED, CLOCK, MEMORY = 132, 4, 1.98e9, 4.8e12
 LEAST = 2 * (2 + 1 / 2 + 4 / 256) + 27 * 3 / 256 * (1 + 1 / 9)
 ROOT = pathlib.Path(__file__).parents[1]
 ADAM, DEFAULT, PAPER = "optax.adamw", "(2, 6 %)", "(10, 1 %), all compressed"
+CARDS_GB = (16, 24, 40, 80, 141)
 SHOWN = {  # in README: the names in memory.json, peak_memory.json and gpu_memory.json
     ADAM: ("Adam", ADAM, ADAM),
     "optax.adafactor": ("Adafactor", "", "optax.adafactor"),
@@ -228,6 +229,19 @@ def gpu_peak_table(results: dict, dtype: str = "bfloat16") -> str:
             )
         tables.append(f"{table(header, rows)}\n\n{number:,} {dtype} parameters.")
     return "\n\n".join([*tables, f"Compiled for an H200: {measured_on(results)}."])
+
+
+def layerwise_table(results: dict, model: str = "Llama-2-7B") -> str:
+    """Peaks of a step of a model, and the least card that they fit."""
+    rows = []
+    for row in results["rows"]:
+        if (row["model"], row["dtype"], row["every"]) == (model, "bfloat16", 1):
+            held = row["peak"] * row["number"] / 1e9
+            card = next((size for size in CARDS_GB if held <= size), None)
+            figures = [f"{row['peak']:.2f}", f"{held:.1f} GB"]
+            rows.append([row["optimizer"], *figures, f"{card} GB" if card else "none"])
+    header = ["optimizer", "bytes a parameter at the peak", "in all", "fits a card of"]
+    return f"{table(header, rows)}\n\n{measured_on(results)}."
 
 
 def resident_table(results: dict) -> str:
@@ -459,6 +473,7 @@ def sections() -> dict[str, dict[str, str]]:
             "gpu peak": gpu_peak_table(load("gpu_memory")),
             "temporary": temporary_table(memory),
         },
+        "docs/layerwise.md": {"layerwise": layerwise_table(load("gpu_memory"))},
         "docs/compile_time.md": {
             "compile": compile_table(load("compile_time")),
             "compile without numba": compile_table(load("compile_time_xla")),

@@ -14,7 +14,14 @@ PAGES = {
     for file in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 }
 FENCE = re.compile(r"^ *```(\S*)[^\n]*\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
-NOT_RUN = {"bash", "text", "{eval-rst}", "{literalinclude}", "{toctree}"}
+NOT_RUN = {
+    "bash",
+    "text",
+    "{eval-rst}",
+    "{literalinclude}",
+    "{toctree}",
+    "{warning}",
+}
 WITH_CODE = [page for page, text in PAGES.items() if "```python\n" in text]
 
 
