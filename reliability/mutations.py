@@ -51,6 +51,7 @@ ALPHA = f"{ORACLE}[xla-alpha]"
 RANDOM = f"{ORACLE}[xla-stochastic]"
 ADAM = "tests/test_adam.py::test_density_1_within_the_window_is_adam"
 LIMIT = "tests/test_cpu_kernel.py::test_hostile_numbers[float32-2]"
+LAYERS = "tests/test_layerwise.py::test_it_is_the_ordinary_step"
 DECAY = "tests/test_trees.py::test_weight_decay_and_mask"
 
 MUTATIONS = {
@@ -214,6 +215,30 @@ MUTATIONS = {
         ".astype(jnp.uint32)\n    bits = lax",
         ".astype(jnp.uint32) // 65536 + 32768\n    bits = lax",
         "tests/test_apply.py::test_unbiased",
+    ),
+    "what layers share steps once a layer": Mutation(
+        "layerwise.py", "if own else first", "if own else x", f"{LAYERS}[default]"
+    ),
+    "layers in the order of the forward pass": Mutation(
+        "layerwise.py", "number = count - 1 - i", "number = i", f"{LAYERS}[default]"
+    ),
+    "gradients of layers fused into their update": Mutation(
+        "layerwise.py",
+        "lax.optimization_barrier(self._pull(number, layer, dy))",
+        "self._pull(number, layer, dy)",
+        f"{LAYERS}[adamw]",
+    ),
+    "a fence between layers dropped": Mutation(
+        "layerwise.py",
+        "_chunks.fence((layer, new), always=number >= 0)",
+        "(layer, new)",
+        "tests/test_layerwise.py::test_nothing_of_the_size_of_the_stack_is_allocated",
+    ),
+    "the same random numbers in all layers": Mutation(
+        "_xla.py",
+        "numbers + step.layer.astype(jnp.uint32) * math.prod(shape)",
+        "numbers",
+        f"{LAYERS}[random rounding]",
     ),
     "large gradients not limited": Mutation(
         "_moments.py", "jnp.clip(x, -largest, largest)", "x", LIMIT
