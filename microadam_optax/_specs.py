@@ -3,7 +3,7 @@
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +37,18 @@ def follow(sharding: Sharding, shape: tuple[int, ...]) -> Sharding:
     return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
 
 
+def is_offloaded(sharding: Sharding | None) -> bool:
+    """Whether it names other memory than a device's own, where nothing is computed."""
+    return getattr(sharding, "memory_kind", None) not in (None, "device")
+
+
+def on_device(sharding: Sharding | None) -> Sharding | None:
+    """The same in the memory of the devices."""
+    if sharding is None or not is_offloaded(sharding):
+        return sharding
+    return sharding.with_memory_kind("device")
+
+
 def of(leaf: Any) -> Sharding | None:
     """The sharding of a leaf as far as it is known and asked for, else None."""
     if isinstance(leaf, jax.core.Tracer):
@@ -45,6 +57,18 @@ def of(leaf: Any) -> Sharding | None:
     if isinstance(leaf, jax.Array) and not leaf.committed:
         return None
     return getattr(leaf, "sharding", None)
+
+
+def of_scalars(leaves: Sequence[Any]) -> Sharding | None:
+    """Where what all leaves share belongs, if these are arrays on the same devices."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return None
+    found = [of(leaf) for leaf in leaves]
+    known = [x for x in found if x is not None]
+    if not known or len(known) < len(found):
+        return None
+    same = all(x.device_set == known[0].device_set for x in known)
+    return follow(known[0], ()) if same else None
 
 
 def in_types(x: jax.Array) -> bool:

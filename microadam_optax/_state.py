@@ -195,7 +195,9 @@ def zeros(layout: Layout, settings: Settings, sharding: Any = None) -> LeafState
     # The entries are zeros, but no position may stand twice in a slot.
     dtype = index_dtype(layout.block)
     slots = np.tile(np.arange(k, dtype=dtype), window - 1)
-    indices = array(of.indices, dtype) + slots
+    indices = _zeros(_specs.on_device(sharding), of.indices, dtype) + slots
+    if _specs.is_offloaded(sharding):
+        indices = jax.device_put(indices, _specs.follow(sharding, of.indices))
     return LeafState(codes, ranges, indices, array(of.values, jnp.bfloat16))
 
 

@@ -61,8 +61,11 @@ def init(options: Options, params: optax.Params) -> MicroAdamState:
     ]
     slots = options.settings.window - 1
     ages = _moments.first_ages(slots) if slots else None
-    mixed = options.dense is not None
-    return _state.pack(adam.count, ages, prng, states, tree, mixed)
+    shared = adam.count, ages, prng
+    place = _specs.of_scalars([leaf for _, leaf in leaves])
+    if place is not None:  # else the second step finds them elsewhere than the first
+        shared = jax.device_put(shared, place)
+    return _state.pack(*shared, states, tree, options.dense is not None)
 
 
 def update(

@@ -103,8 +103,8 @@ MUTATIONS = {
     ),
     "initial indices all zero": Mutation(
         "_state.py",
-        "array(of.indices, dtype) + slots",
-        "array(of.indices, dtype) + 0 * slots",
+        "of.indices, dtype) + slots",
+        "of.indices, dtype) + 0 * slots",
         "tests/test_invariants.py::test_no_position_stands_twice_in_a_slot",
     ),
     "ages one too high": Mutation(

@@ -221,3 +221,45 @@ def test_zero_style(mesh):
             here = compiled(*here, jax.device_put(values, shardings_of(params)))
             alone = jax.jit(step)(*alone, values)
     jax.tree.map(np.testing.assert_array_equal, here, alone)
+
+
+@pytest.mark.parametrize("kind", ["device", "pinned_host"])
+def test_what_leaves_share_lies_where_they_do(kind):
+    """From init on: the second step, or a restart, finds the program of the first."""
+    mesh = jax.make_mesh((8,), ("d",), (AxisType.Auto,))
+    own = NamedSharding(mesh, P("d"), memory_kind=kind)
+    params = jax.device_put({"w": jnp.ones((512, 256)), "b": jnp.ones(64)}, own)
+    tx = scale_by_microadam(stochastic_rounding=True, dense=smaller_than(100))
+    state = tx.init(params)
+    for x in jax.tree.leaves(state):
+        assert x.sharding.device_set == own.device_set
+        assert x.sharding.memory_kind == kind
+    if kind == "device":
+        update = jax.jit(tx.update)
+        for _ in range(3):
+            _, state = update(params, state)
+        assert update._cache_size() == 1
+
+
+def test_an_offloaded_state_compiles_once():
+    """It lies in the host's memory between steps, its scalars as well."""
+    mesh = jax.make_mesh((8,), ("d",), (AxisType.Auto,))
+    own = NamedSharding(mesh, P("d"))
+    params = jax.device_put({"w": jnp.ones((512, 256))}, own)
+    tx = microadam(0.1)
+    here = state_shardings(tx, params, own)
+    host = jax.tree.map(lambda x: x.with_memory_kind("pinned_host"), here)
+
+    def step(params, state):
+        updates, state = tx.update(params, jax.device_put(state, here), params)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(step, out_shardings=({"w": own}, host))
+    alone, state = (params, tx.init(params)), jax.device_put(tx.init(params), host)
+    for _ in range(3):
+        params, state = step(params, state)
+        alone = jax.jit(step.__wrapped__, out_shardings=({"w": own}, here))(*alone)
+    assert step._cache_size() == 1
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(state)} == {"pinned_host"}
+    for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(alone[1]), strict=True):
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
