@@ -3,8 +3,8 @@
     python benchmarks/step_time.py [--steps N] [--largest MILLIONS] [--cores N] [--xla]
 
 "With apply": several whole steps in one program, as training runs them. Each makes its
-gradients, which are temporaries, updates and applies; the time of a program that only
-makes gradients is subtracted. "Update alone": one call of the update, over the gradients
+gradients, which are temporaries, from one row, updates and applies; the time of a program
+that only makes gradients is subtracted. "Update alone": one call of the update, over the gradients
 and the state that it is given. All are run in turn, and the least time of each counts:
 more would be what else the machine did. On all cores, and a part on one. With `--xla` as
 without numba, in blocks of 256 of the smaller sizes.
@@ -50,7 +50,7 @@ def whole_steps(tx: Any, params: list, gradients: list) -> Callable[[], float]:
     def step(_, carry):
         scale, params, state = carry
         # The barrier keeps XLA from making gradients within the update.
-        made = jax.tree.map(lambda x: x * scale, gradients)
+        made = [jax.numpy.broadcast_to(x[0] * scale, x.shape) for x in gradients]
         made = jax.lax.optimization_barrier(made)
         if tx is None:
             # Of every leaf, or XLA makes only some.

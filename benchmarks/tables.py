@@ -22,6 +22,7 @@ SHOWN = {  # in README: the names in memory.json, peak_memory.json and gpu_memor
     ADAM: ("Adam", ADAM, ADAM),
     "optax.adafactor": ("Adafactor", "", "optax.adafactor"),
     "MicroAdam (2, 6 %), the default": (DEFAULT, f"MicroAdam {DEFAULT}", "MicroAdam"),
+    "the same, layer by layer": (DEFAULT, "", "MicroAdam, layer by layer"),
     "MicroAdam (1, 25 %)": ("(1, 25 %)", *["MicroAdam (1, 25 %)"] * 2),
     "MicroAdam (10, 1 %), the paper's": (PAPER, f"MicroAdam {PAPER}", ""),
 }
