@@ -4,10 +4,10 @@
 
 "With apply": several whole steps in one program, as training runs them. Each makes its
 gradients, which are temporaries, from one row, updates and applies; the time of a program
-that only makes gradients is subtracted. "Update alone": one call of the update, over the gradients
-and the state that it is given. All are run in turn, and the least time of each counts:
-more would be what else the machine did. On all cores, and a part on one. With `--xla` as
-without numba, in blocks of 256 of the smaller sizes.
+that only makes gradients is subtracted. "Update alone": one call of the update, over the
+gradients and the state that it is given. All are run in turn, and the least time of each
+counts: more would be what else the machine did. On all cores, and a part on one. With
+`--xla` as without numba, in blocks of 256 of the smaller sizes.
 """
 
 import argparse
