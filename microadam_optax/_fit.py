@@ -50,11 +50,11 @@ def check_checkpoint(saved: Any, tx: optax.GradientTransformation, params: Any) 
 transformation has `window` 2.
     """
     expected = jax.eval_shape(tx.init, params)
-    found, wanted = arrays_of(saved), expected_of(expected, params)
+    leaves, wanted = params_of(params), expected_of(expected, params)
+    found = arrays_of(saved, leaves, wanted)
     nodes = jax.tree_util.tree_leaves_with_path(
         expected, is_leaf=lambda x: isinstance(x, MicroAdamState)
     )
-    leaves = params_of(params)
     _check_version(found)
     for prefix, node in nodes:
         if isinstance(node, MicroAdamState):

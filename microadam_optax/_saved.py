@@ -19,13 +19,21 @@ class Param(NamedTuple):
     shape: tuple[int, ...]
 
 
-def arrays_of(tree: Any) -> Arrays:
-    """The arrays as they are saved."""
+def arrays_of(tree: Any, params: list[Param], wanted: Arrays) -> Arrays:
+    """The arrays as they are saved, by the names that are wanted if that is all one."""
+    own = {param.names for param in params}
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    found = {names_of(path): _as_saved(leaf) for path, leaf in leaves}
-    if all(names[-1:] == (_VARIABLE,) for names in found):
-        return {names[:-1]: array for names, array in found.items()}
-    return found
+    named = ((names_of(path), leaf) for path, leaf in leaves)
+    return {_renamed(names, own, wanted): _as_saved(leaf) for names, leaf in named}
+
+
+def _renamed(names: Names, own: set[Names], wanted: Arrays) -> Names:
+    """Without the variable of NNX that is last, where it is of a parameter or wanted so."""
+    short = names[:-1]
+    if names in wanted or names[-1:] != (_VARIABLE,):
+        return names
+    of_param = any(short[i:] in own for i in range(len(short) + 1))
+    return short if of_param or short in wanted else names
 
 
 def expected_of(tree: Any, params: Any) -> Arrays:

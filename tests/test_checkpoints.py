@@ -184,10 +184,24 @@ def test_the_state_of_an_nnx_optimizer():
     params, whole = nnx.state(model, nnx.Param), nnx.state(optimizer)
     other = nnx.Optimizer(model, microadam(1e-2, window=7), wrt=nnx.Param)
     for own in (params, nnx.to_pure_dict(params)):
-        for state in (optimizer.opt_state, whole["opt_state"], _as_dict(whole)):
+        made = jax.eval_shape(tx.init, own)  # its scalars are no variables
+        for state in (optimizer.opt_state, whole["opt_state"], _as_dict(whole), made):
             check_checkpoint(state, tx, own)
+            check_checkpoint(_named(state), tx, own)
         with pytest.raises(ValueError, match="was made with `window` 7, but"):
             check_checkpoint(other.opt_state, microadam(1e-2), own)
+
+
+def _named(state):
+    """Dicts alone, as a checkpoint keeps it."""
+    found = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        *way, last = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        inner = found
+        for name in way:
+            inner = inner.setdefault(name, {})
+        inner[last] = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return found
 
 
 def _as_dict(state):
