@@ -28,7 +28,7 @@ def arrays_of(tree: Any, params: list[Param], wanted: Arrays) -> Arrays:
 
 
 def _renamed(names: Names, own: set[Names], wanted: Arrays) -> Names:
-    """Without the variable of NNX that is last, where it is of a parameter or wanted so."""
+    """Without an NNX variable at its end, if it is of a parameter or so wanted."""
     short = names[:-1]
     if names in wanted or names[-1:] != (_VARIABLE,):
         return names
