@@ -18,7 +18,6 @@ from jax import lax
 ELEMENTS = 2**18  # a piece of float32 is then 1 MiB
 ELEMENTS_ON_GPUS = 2**23  # there pieces are for memory alone
 LARGER = 4  # times that, pieces may be, if they are equal
-_REWRITES = jax.__version_info__ < (0, 12)  # XLA for CPUs, before
 
 
 class Cut(NamedTuple):
@@ -192,9 +191,11 @@ def fence(tree: Any, always: jax.Array) -> Any:
 
 
 def _as_bits(x: jax.Array) -> jax.Array:
-    """16-bit floats as integers, where XLA would rewrite all of them to change a part."""
-    rewritten = _REWRITES and x.dtype.itemsize == 2
-    return lax.bitcast_convert_type(x, jnp.uint16) if rewritten else x
+    """16-bit floats as integers: XLA for CPU rewrites all of them to change a part.
+
+    Not from jax 0.12 on, but there too the copy is what a leaf's token can hold back.
+    """
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
 def _from_bits(x: jax.Array, dtype: Any) -> jax.Array:

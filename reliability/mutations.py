@@ -16,7 +16,6 @@ import sys
 import tempfile
 from typing import NamedTuple
 
-import jax
 from tqdm import tqdm
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -244,10 +243,6 @@ MUTATIONS = {
         "_moments.py", "jnp.clip(x, -largest, largest)", "x", LIMIT
     ),
 }
-
-
-if jax.__version_info__ >= (0, 12):  # XLA copies no 16-bit arrays, and none can wait
-    del MUTATIONS["the token between leaves in chunks dropped"]
 
 
 class Copy:
