@@ -20,8 +20,10 @@ def main() -> float:
     tx = microadam(schedule)
     state = tx.init(eqx.filter(model, eqx.is_inexact_array))
 
-    @eqx.filter_jit
-    def step(model, state, images, labels):
+    @eqx.filter_jit(donate="all-except-first")
+    def step(batch, model, state):
+        images, labels = batch
+
         def loss_of(model):
             return digits.cross_entropy(jax.vmap(model)(images), labels)
 
@@ -31,8 +33,8 @@ def main() -> float:
         )
         return eqx.apply_updates(model, updates), state
 
-    for images, labels in digits.batches(train_images, train_labels, STEPS):
-        model, state = step(model, state, images, labels)
+    for batch in digits.batches(train_images, train_labels, STEPS):
+        model, state = step(batch, model, state)
     found = digits.accuracy(jax.vmap(model)(test_images), test_labels)
     print(f"test accuracy {found:.1%}")
     return found

@@ -3,6 +3,8 @@
 python examples/recipes/nnx_optimizer.py
 """
 
+import functools
+
 import jax
 import optax
 from flax import nnx
@@ -31,7 +33,7 @@ def main() -> float:
     tx = microadam(schedule)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
-    @nnx.jit
+    @functools.partial(nnx.jit, donate_argnums=(0, 1))
     def step(model, optimizer, images, labels):
         def loss_of(model):
             return digits.cross_entropy(model(images), labels)

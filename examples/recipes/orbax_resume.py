@@ -3,6 +3,7 @@
 python examples/recipes/orbax_resume.py
 """
 
+import functools
 import pathlib
 import tempfile
 
@@ -23,7 +24,7 @@ def main(folder: pathlib.Path | None = None) -> tuple[float, bool]:
     tx = microadam(schedule)
     stream = list(digits.batches(train_images, train_labels, STEPS))
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, images, labels):
         gradients = jax.grad(digits.loss_of)(params, images, labels)
         updates, state = tx.update(gradients, state, params)
