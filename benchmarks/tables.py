@@ -111,7 +111,7 @@ def readme_speed_table() -> str:
         rows.append([name, *cells, f"{seconds[own] / seconds[ADAM]:.1f}"])
     header = ["times of optax.adamw's", *(f"a step, {size}" for size in sizes)]
     return (
-        f"{table([*header, 'first step, 64 leaves, with compiling'], rows)}\n\n"
+        f"{table([*header, 'first step, 64 distinct leaves, with compiling'], rows)}\n\n"
         f"{measured_on(step)} and `python benchmarks/compile_time.py`."
     )
 
@@ -453,7 +453,7 @@ def overview() -> dict[str, str]:
     step = load("step_time")
     ratio = ", ".join(f"{x:.2f} ({size})" for size, x in ratios(step)[DEFAULT].items())
     return {
-        "bytes": f"**{state[DEFAULT]:.2f} bytes of state a parameter**, where Adam has "
+        "bytes": f"**{state[DEFAULT]:.3f} bytes of state a parameter**, where Adam has "
         f"{state['Adam']:.0f} ([memory](memory.md)):",
         "times": f"**A step takes {ratio} times as long as with `optax.adamw`**, on a "
         "CPU of two cores with numba ([benchmarks](benchmarks.md)):",

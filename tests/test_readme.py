@@ -5,6 +5,7 @@ If it fails, the first thing that a user copies does not run.
 
 import pathlib
 import re
+import textwrap
 
 import pytest
 
@@ -17,6 +18,7 @@ FENCE = re.compile(r"^ *```(\S*)[^\n]*\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = {
     "bash",
     "text",
+    "py",  # of other projects, run by tests/test_trainers.py
     "{eval-rst}",
     "{literalinclude}",
     "{toctree}",
@@ -62,6 +64,22 @@ def test_no_code_is_left_out(page):
     assert {x[1] for x in FENCE.finditer(PAGES[page])} <= {"python", *NOT_RUN}
     assert len(re.findall(r"^ *```", PAGES[page], re.MULTILINE)) % 2 == 0
     assert ">>>" not in PAGES[page]
+
+
+def test_blocks_of_other_projects_are_those_that_tests_run():
+    tested = (ROOT / "tests" / "test_trainers.py").read_text()
+    shown = [x[2] for x in FENCE.finditer(PAGES["docs/trainers.md"]) if x[1] == "py"]
+    pieces = re.findall(r"# page: \S+\n(.*?)^ *# end$", tested, re.MULTILINE | re.DOTALL)
+    assert len(shown) == len(pieces) > 3
+    for block, piece in zip(shown, pieces, strict=True):
+        same = (re.sub(r"\n+", "\n", x) for x in (block, textwrap.dedent(piece)))
+        assert next(same).endswith(next(same))
+
+
+def test_the_block_of_numpyro_is_a_whole_program():
+    pytest.importorskip("numpyro")
+    block = next(x for x in FENCE.finditer(PAGES["docs/trainers.md"]) if x[1] == "py")
+    exec(block[2], {})
 
 
 def test_pages_with_code_are_found():
