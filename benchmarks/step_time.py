@@ -47,11 +47,14 @@ def whole_steps(tx: Any, params: list, gradients: list) -> Callable[[], float]:
     import jax
     import optax
 
+    def make(scale):
+        return [jax.numpy.broadcast_to(x[0] * scale, x.shape) for x in gradients]
+
     def step(_, carry):
         scale, params, state = carry
-        # The barrier keeps XLA from making gradients within the update.
-        made = [jax.numpy.broadcast_to(x[0] * scale, x.shape) for x in gradients]
-        made = jax.lax.optimization_barrier(made)
+        # XLA would make them within the update, which then reads none. It cannot behind
+        # a condition; one behind optimization_barrier it does.
+        made = jax.lax.cond(scale > 0, make, lambda _: gradients, scale)
         if tx is None:
             # Of every leaf, or XLA makes only some.
             return 1 + 1e-9 * sum(x[0, 0] for x in made), params, state
