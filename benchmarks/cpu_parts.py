@@ -66,7 +66,7 @@ def in_lines(windowed: bool) -> tuple[Any, list[str]]:
 
 def driver(block: Any) -> Any:
     """A compiled function that runs the first lines of all blocks of some arrays."""
-    launch_of, row_of, scalars_of = cpu_data.Launch, cpu_data.Row, cpu_data.Scalars
+    leaf_of, row_of, factors_of = cpu_data.Leaf, cpu_data.Row, cpu_data.Factors
     update_rows, same = block.update_rows, cpu_data.same
 
     @njit(error_model="numpy")
@@ -77,7 +77,7 @@ def driver(block: Any) -> Any:
         )
         weights = pointer(addresses[5], float32)
         one, zero = float32(1), float32(0)
-        scalars = scalars_of(one, one, float32(1e-8), zero, weights, zero, one)
+        factors = factors_of(one, one, float32(1e-8), zero, weights, zero, one)
         gradient = pointer(addresses[0], float32)
         arrays = row_of(
             gradient,
@@ -88,7 +88,7 @@ def driver(block: Any) -> Any:
             pointer(addresses[4], uint16),
             0,
         )
-        update_rows(arrays, 0, rows, scalars, launch_of(shape, size, 1), same, same)
+        update_rows(arrays, 0, rows, factors, leaf_of(shape, size, 1), same, same)
 
     return run
 

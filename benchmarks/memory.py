@@ -5,6 +5,7 @@
 Nothing is allocated: shapes only, and XLA's own account of a compiled step.
 """
 
+import argparse
 import functools
 import math
 from typing import Any
@@ -94,6 +95,7 @@ def temporaries() -> dict[str, dict[str, int]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     results: dict = {"state_bytes_a_parameter": {}}
     for name, model in SHOWN.items():
         params = shapes(model)

@@ -6,6 +6,7 @@ Compiles for 8 and for 256 CPU devices and reads XLA's programs and accounts: no
 is allocated and nothing is timed.
 """
 
+import argparse
 import pathlib
 import sys
 
@@ -196,6 +197,7 @@ def layer_70b() -> dict:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     jax.config.update("jax_num_cpu_devices", 256)
     results = {
         "cases": all_cases(),

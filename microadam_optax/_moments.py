@@ -37,8 +37,8 @@ def older_ages(ages: jax.Array) -> jax.Array:
     return ages % ages.size + 1
 
 
-def oldest_slot(ages: jax.Array, k: int) -> jax.Array:
-    """Where the ``k`` entries of a step go in a row: the oldest slot, int32 scalar."""
+def oldest_start(ages: jax.Array, k: int) -> jax.Array:
+    """Where the oldest slot, of ``k`` entries, begins in a row: int32 scalar."""
     return jnp.argmax(ages).astype(jnp.int32) * k
 
 

@@ -124,6 +124,6 @@ def _starts(leaf: _Leaf, ages: jax.Array | None) -> _Leaf:
     if ages is None:
         return starts
     entries = leaf.state.indices.shape[-1]
-    slot = _moments.oldest_slot(ages, entries // ages.size)
-    state = starts.state._replace(indices=slot, values=slot)
+    start = _moments.oldest_start(ages, entries // ages.size)
+    state = starts.state._replace(indices=start, values=start)
     return starts._replace(state=state)

@@ -120,7 +120,7 @@ class Case(NamedTuple):
         update = update.reshape(-1, self.at.blocks, self.at.block)
         state_ = new
         if state.indices is not None:
-            begin = _moments.oldest_slot(step.ages, new.indices.shape[1])
+            begin = _moments.oldest_start(step.ages, new.indices.shape[1])
             put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
             state_ = state_._replace(
                 indices=put(state.indices, new.indices, begin),
@@ -146,7 +146,7 @@ def scalars(step, k):
         return Scalars(factors, None, None)
     ages = step.ages.astype(jnp.float32)
     weights = jnp.stack([jnp.power(decay, ages) for decay in (step.b1, step.b2)])
-    return Scalars(factors, _moments.oldest_slot(step.ages, k)[None], weights)
+    return Scalars(factors, _moments.oldest_start(step.ages, k)[None], weights)
 
 
 def assert_same_bits(got, want):

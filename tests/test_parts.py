@@ -252,7 +252,7 @@ def test_the_window_holds_the_last_writes(slots, steps):
         for slot, when in enumerate(written):
             if when is not None:
                 assert int(ages[slot]) == count - when
-        written[int(_moments.oldest_slot(ages, 3)) // 3] = count
+        written[int(_moments.oldest_start(ages, 3)) // 3] = count
         ages = _moments.older_ages(ages)
     assert sorted(w for w in written if w is not None) == list(
         range(max(0, steps - slots), steps)

@@ -1,7 +1,7 @@
 """The whole update of a leaf in one kernel, where the platform has one.
 
-`update` takes the place of `_xla.update`; nothing else
-in the package knows about kernels, and without this folder it works as before.
+`update` takes the place of `_xla.update`; nothing else in the package knows about
+kernels, and without this folder it works as before.
 """
 
 import functools
@@ -112,7 +112,7 @@ def _scalars(step: Step, k: int | None) -> Scalars:
         return Scalars(factors, None, None)
     ages = step.ages.astype(jnp.float32)
     weights = jnp.stack([jnp.power(decay, ages) for decay in (step.b1, step.b2)])
-    return Scalars(factors, _moments.oldest_slot(step.ages, k)[None], weights)
+    return Scalars(factors, _moments.oldest_start(step.ages, k)[None], weights)
 
 
 def _update_partitioned(

@@ -30,14 +30,20 @@ class Chosen(NamedTuple):
 
 
 def largest(
-    accumulated: list[jax.Array], at: list[jax.Array], real: list[jax.Array], k: int
+    accumulated: list[jax.Array],
+    positions: list[jax.Array],
+    real: list[jax.Array],
+    k: int,
 ) -> Chosen:
     """Marks the k largest magnitudes of each row among its real elements."""
     keys = each(lambda x, mask: jnp.where(mask, magnitude(x), -1), accumulated, real)
+    if k == 0:
+        none = reduce(jnp.maximum, jnp.max, keys) + 1
+        return Chosen([key >= none for key in keys], none, none, [])
     if k > ONE_BY_ONE:
-        return _bisect(keys, at, k)
+        return _bisect(keys, positions, k)
     # Position and sign in one number, so that one reduction finds both.
-    signed = each(lambda x, i: 2 * i + _negative(bits_of(x)), accumulated, at)
+    signed = each(lambda x, i: 2 * i + _negative(bits_of(x)), accumulated, positions)
     found = []
     for _ in range(k):
         kth = reduce(jnp.maximum, jnp.max, keys)
@@ -47,7 +53,9 @@ def largest(
         ]
         lowest = reduce(jnp.minimum, jnp.min, ties)
         last = lowest >> 1
-        keys = [jnp.where(i == last, -1, key) for key, i in zip(keys, at, strict=True)]
+        keys = [
+            jnp.where(i == last, -1, key) for key, i in zip(keys, positions, strict=True)
+        ]
         found.append((last, float_of(kth | (lowest << 31))))
     return Chosen(each(lambda m, key: m & (key < 0), real, keys), kth, last, found)
 
@@ -61,7 +69,7 @@ class _Search(NamedTuple):
     leap: jax.Array  # at most so far is the next threshold from `high`
 
 
-def _bisect(keys: list[jax.Array], at: list[jax.Array], k: int) -> Chosen:
+def _bisect(keys: list[jax.Array], positions: list[jax.Array], k: int) -> Chosen:
     """Selects all keys from `high` on, which `reached` do, and breaks ties below."""
     top = reduce(jnp.maximum, jnp.max, keys) + 1
     none = jnp.zeros_like(top)
@@ -73,7 +81,7 @@ def _bisect(keys: list[jax.Array], at: list[jax.Array], k: int) -> Chosen:
     missing = k - reached
     keys, last = lax.cond(
         jnp.max(missing) > 0,
-        functools.partial(_break_ties, at, high, missing),
+        functools.partial(_break_ties, positions, high, missing),
         lambda keys: (keys, none - 1),
         keys,
     )
@@ -97,20 +105,20 @@ def _halve(keys: list[jax.Array], k: int, search: _Search) -> _Search:
 
 
 def _break_ties(
-    at: list[jax.Array], high: jax.Array, missing: jax.Array, keys: list[jax.Array]
+    positions: list[jax.Array], high: jax.Array, missing: jax.Array, keys: list[jax.Array]
 ) -> tuple[list[jax.Array], jax.Array]:
     """Lifts the first of the keys just below `high`, until none is missing."""
-    last = _last_tie(keys, at, high - 1, missing)
-    taken = each(lambda key, i: (key == high - 1) & (i <= last), keys, at)
+    last = _last_tie(keys, positions, high - 1, missing)
+    taken = each(lambda key, i: (key == high - 1) & (i <= last), keys, positions)
     return each(lambda key, tie: jnp.where(tie, high, key), keys, taken), last
 
 
 def _last_tie(
-    keys: list[jax.Array], at: list[jax.Array], kth: jax.Array, missing: jax.Array
+    keys: list[jax.Array], positions: list[jax.Array], kth: jax.Array, missing: jax.Array
 ) -> jax.Array:
     """Where the `missing`-th of the keys that equal `kth` is; -1 if none is missing."""
-    ties = each(lambda key, i: jnp.where(key == kth, i, NOWHERE), keys, at)
-    bits = (len(at) * at[0].shape[1] - 1).bit_length()
+    ties = each(lambda key, i: jnp.where(key == kth, i, NOWHERE), keys, positions)
+    bits = (len(positions) * positions[0].shape[1] - 1).bit_length()
 
     def next_bit(i: jax.Array, last: jax.Array) -> jax.Array:
         bit = jnp.left_shift(jnp.int32(1), bits - 1 - i)

@@ -35,15 +35,15 @@ from microadam_optax._kernels.cpu_select import select
 
 
 @embed
-def update_rows(arrays, first, last, scalars, launch, widen, narrow):
+def update_rows(arrays, first, last, factors, leaf, widen, narrow):
     """One step of the rows from one to another."""
-    shape = launch.shape
-    s = prepare(shape, scalars)
+    shape = leaf.shape
+    s = prepare(shape, factors)
     stored = shape.slots * shape.k
-    cell, number = first // launch.blocks, first % launch.blocks
+    cell, number = first // leaf.blocks, first % leaf.blocks
     for row in range(first, last):
         begin = number * shape.block
-        gradient = shifted(arrays.gradient, cell * launch.cell + begin)
+        gradient = shifted(arrays.gradient, cell * leaf.cell + begin)
         of_row = Row(
             gradient,
             gradient,
@@ -51,17 +51,17 @@ def update_rows(arrays, first, last, scalars, launch, widen, narrow):
             shifted(arrays.ranges, 2 * row),
             shifted(arrays.indices, row * stored * shape.index_bytes),
             shifted(arrays.values, row * stored),
-            min(shape.block, launch.cell - begin),
+            min(shape.block, leaf.cell - begin),
         )
-        update_block(of_row, s, scalars, shape, widen, narrow)
+        update_block(of_row, s, factors, shape, widen, narrow)
         number += 1
-        if number == launch.blocks:
+        if number == leaf.blocks:
             cell, number = cell + 1, 0
     free(s)
 
 
 @embed
-def prepare(shape, scalars):
+def prepare(shape, factors):
     """Scratch memory, as each block finds it."""
     lanes, entries = shape.all, (shape.slots + 1) * shape.k
     s = Scratch(
@@ -82,11 +82,11 @@ def prepare(shape, scalars):
     fill(s.keys, lanes + WORD, int32(-1))
     fill(s.mu, lanes, ZERO)
     fill(s.nu, lanes, ZERO)
-    fill(s.update, lanes, rescale(ZERO, ZERO, scalars))
+    fill(s.update, lanes, rescale(ZERO, ZERO, factors))
     s.guess[0], s.guess[1], s.guess[2] = float32(1 << 30), float32(1 << 17), ONE
     for i in range(shape.slots * shape.k):
-        s.mu_weights[i] = scalars.weights[i // shape.k]
-        s.nu_weights[i] = scalars.weights[shape.slots + i // shape.k]
+        s.mu_weights[i] = factors.weights[i // shape.k]
+        s.nu_weights[i] = factors.weights[shape.slots + i // shape.k]
     return s
 
 
@@ -108,26 +108,26 @@ def free(s):
 
 
 @embed
-def update_block(row, s, scalars, shape, widen, narrow):
+def update_block(row, s, factors, shape, widen, narrow):
     """One step of a block."""
     top = accumulate(row, s, shape, widen)  # a = g + Q^-1(e)
     bar = select(s, shape, top)  # the k largest |a|
     if shape.slots == 0:
-        update_selected(s, scalars, shape, bar)
+        update_selected(s, factors, shape, bar)
     else:
         take(s, shape, bar)
         add_newest(s, shape)
         add_older(row, s, shape)
         write_slot(row, s, shape)
-        update_entries(s, scalars, shape)
+        update_entries(s, factors, shape)
     step, zero = measure(s, shape)  # e = Q(a without them)
     quantize(s, shape, step, zero)
-    if scalars.alpha != 0:
-        step, zero = return_error(s, scalars, shape, step, zero)
+    if factors.alpha != 0:
+        step, zero = return_error(s, factors, shape, step, zero)
         quantize(s, shape, step, zero)
     write(row, s, shape, step, zero, narrow)
     if shape.slots > 0:
-        clear(s, scalars, shape)
+        clear(s, factors, shape)
 
 
 @inline
@@ -143,9 +143,9 @@ def write(row, s, shape, step, zero, narrow):
 
 
 @inline
-def clear(s, scalars, shape):
+def clear(s, factors, shape):
     """Leaves scratch memory for the next block."""
-    if scalars.alpha != 0:
-        fill(s.update, shape.all, rescale(ZERO, ZERO, scalars))
+    if factors.alpha != 0:
+        fill(s.update, shape.all, rescale(ZERO, ZERO, factors))
     for i in range((shape.slots + 1) * shape.k):
-        s.update[s.entries[i]] = rescale(ZERO, ZERO, scalars)
+        s.update[s.entries[i]] = rescale(ZERO, ZERO, factors)

@@ -17,7 +17,7 @@ from numba.core.types import float32, int32, int64, uint8, uint16
 
 from microadam_optax._kernels import _ffi
 from microadam_optax._kernels.cpu_block import update_rows
-from microadam_optax._kernels.cpu_data import Launch, Row, Scalars, Shape, embed, inline
+from microadam_optax._kernels.cpu_data import Factors, Leaf, Row, Shape, embed, inline
 from microadam_optax._kernels.cpu_llvm import address_of, allocate, pointer, release
 from microadam_optax._kernels.cpu_threads import add_to, call, let_others_run, read_from
 
@@ -62,7 +62,7 @@ def disown(job):
 @embed
 def update_chunk(job, numbers, chunk, dtype, widen, narrow):
     shape = shape_of(job, numbers)
-    launch = Launch(shape, numbers[0], numbers[1])
+    leaf = Leaf(shape, numbers[0], numbers[1])
     gradient = pointer(job[_ARRAYS], dtype)
     arrays = Row(
         gradient,
@@ -73,20 +73,20 @@ def update_chunk(job, numbers, chunk, dtype, widen, narrow):
         pointer(job[_ARRAYS + 4], uint16),
         0,
     )
-    factors = pointer(job[_ARRAYS + 5], float32)
+    four = pointer(job[_ARRAYS + 5], float32)
     shares = pointer(job[_ARRAYS + 8], float32)
-    scalars = Scalars(
-        factors[0],
-        factors[1],
-        factors[2],
-        factors[3],
+    factors = Factors(
+        four[0],
+        four[1],
+        four[2],
+        four[3],
         pointer(job[_ARRAYS + 7], float32),
         shares[0],
         shares[1],
     )
     first = chunk * job[_ROWS]
     last = min(first + job[_ROWS], job[_SIZE])
-    update_rows(arrays, first, last, scalars, launch, widen, narrow)
+    update_rows(arrays, first, last, factors, leaf, widen, narrow)
 
 
 @inline
@@ -95,12 +95,12 @@ def shape_of(job, numbers):
     block, bits, k, slots = numbers[2], numbers[3], numbers[4], numbers[5]
     width, parts = (block * bits) >> 3, 2 if bits == 4 else 4 if bits == 2 else 1
     lanes = (width + 31) & ~31
-    slot = 0
+    start = 0
     if slots > 0:
-        slot = int64(pointer(job[_ARRAYS + 6], int32)[0])
+        start = int64(pointer(job[_ARRAYS + 6], int32)[0])
     index_bytes = 1 if block <= 256 else 2
     return Shape(
-        block, parts, width, lanes, lanes * parts, bits, k, slots, slot, index_bytes
+        block, parts, width, lanes, lanes * parts, bits, k, slots, start, index_bytes
     )
 
 

@@ -32,11 +32,11 @@ class Shape(NamedTuple):
     bits: Any  # of a code
     k: Any  # entries selected
     slots: Any  # of the window
-    slot: Any  # where the entries of this step go
+    start: Any  # of the oldest slot, where the entries of this step go
     index_bytes: Any  # 1 or 2
 
 
-class Launch(NamedTuple):
+class Leaf(NamedTuple):
     """How the blocks of a leaf lie in it."""
 
     shape: Any
@@ -44,7 +44,7 @@ class Launch(NamedTuple):
     blocks: Any  # in a cell
 
 
-class Scalars(NamedTuple):
+class Factors(NamedTuple):
     """float32 numbers that all blocks share."""
 
     debias_mu: Any

@@ -74,14 +74,14 @@ def add_older(row, s, shape):
 
 
 @inline
-def update_entries(s, scalars, shape):
+def update_entries(s, factors, shape):
     """Of all entries at once: roots and divisions go by vectors."""
     entries = (shape.slots + 1) * shape.k
     for i in range(entries):
         s.firsts[i] = s.mu[s.entries[i]]
         s.seconds[i] = s.nu[s.entries[i]]
     for i in range(entries):
-        s.firsts[i] = rescale(s.firsts[i], s.seconds[i], scalars)
+        s.firsts[i] = rescale(s.firsts[i], s.seconds[i], factors)
     for i in range(entries):
         lane = s.entries[i]
         s.update[lane] = s.firsts[i]
@@ -89,25 +89,25 @@ def update_entries(s, scalars, shape):
 
 
 @inline
-def update_selected(s, scalars, shape, bar):
+def update_selected(s, factors, shape, bar):
     """Without a window: the selected elements' updates, and what is left of a."""
     for i in range(shape.all):
         selected = s.keys[i] > bar
         value = choose(selected, round_bfloat16(s.x[i]), ZERO)
         s.x[i] = float_of(int32(bits_of(s.x[i]) & (int32(selected) - 1)))
-        s.update[i] = rescale(value, value * value, scalars)
+        s.update[i] = rescale(value, value * value, factors)
 
 
 @inline
-def rescale(mu, nu, scalars):
+def rescale(mu, nu, factors):
     """Adam's update."""
-    nu = (nu + scalars.eps_root) * scalars.debias_nu
-    return (mu * scalars.debias_mu) / (root(nu) + scalars.eps)
+    nu = (nu + factors.eps_root) * factors.debias_nu
+    return (mu * factors.debias_mu) / (root(nu) + factors.eps)
 
 
 @inline
 def write_slot(row, s, shape):
     """What was selected, over the oldest slot."""
     for i in range(shape.k):
-        write_index(row, shape, shape.slot + i, index_of(s.entries[i], shape))
-        row.values[shape.slot + i] = to_bfloat16(s.firsts[i])
+        write_index(row, shape, shape.start + i, index_of(s.entries[i], shape))
+        row.values[shape.start + i] = to_bfloat16(s.firsts[i])

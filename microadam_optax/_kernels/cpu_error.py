@@ -131,7 +131,7 @@ def quantize(s, shape, step, zero):
 
 
 @inline
-def return_error(s, scalars, shape, step, zero):
+def return_error(s, factors, shape, step, zero):
     """Adds the share `alpha` of the error to the update, and keeps the rest of it."""
     mask = (1 << shape.bits) - 1
     for part in range(shape.parts):
@@ -139,8 +139,8 @@ def return_error(s, scalars, shape, step, zero):
         for i in range(shape.lanes):
             code = int32(shift_right(s.codes[i], int32(shape.bits * part)) & mask)
             error = (float32(code) - zero) * step
-            s.update[to + i] += round_product(scalars.alpha * error)
-            s.x[to + i] = round_to(scalars.kept * error, 15)
+            s.update[to + i] += round_product(factors.alpha * error)
+            s.x[to + i] = round_to(factors.kept * error, 15)
         for i in range(shape.width, shape.lanes):
             s.x[to + i] = ZERO
     return measure(s, shape)

@@ -13,16 +13,18 @@ from numba.core.types import float32, int32
 from microadam_optax._kernels.cpu_data import inline
 from microadam_optax._kernels.cpu_llvm import WORD, choose
 
-_FEW = 1280  # comparisons up to which maxima cost less than counts
+_COMPARISONS = 1280  # up to which maxima cost less than counts
 _SLOWLY = np.float32(0.1)  # how guesses follow from block to block
 
 
 @inline
 def select(s, shape, top):
     """A bar that exactly k keys are above; of ties at it, the first stay above."""
+    if shape.k == 0:
+        return top
     if shape.k == shape.block:
         return int32(-1)
-    if shape.k * (shape.all + WORD) <= _FEW:
+    if shape.k * (shape.all + WORD) <= _COMPARISONS:
         bar = kth_by_maxima(s, shape, top) - 1
         if count_above(s, shape, bar) == shape.k:
             return int32(bar)

@@ -40,7 +40,7 @@ class _Lanes(NamedTuple):
 
     columns: list[jax.Array]  # of bytes, (1, lanes)
     filled: list[jax.Array]  # which bytes there are, bool (rows, lanes)
-    at: list[jax.Array]  # positions in the row, of all parts
+    positions: list[jax.Array]  # in the row, of all parts
     real: list[jax.Array]  # which elements there are
     inside: list[jax.Array]  # which are not padding
 
@@ -63,23 +63,25 @@ def update_rows(
     )
     error = functools.partial(_rows.dequantize, step=step, zero=zero, bits=launch.bits)
     accumulated = _accumulate(old, place, lanes, error, launch)
-    chosen = _select.largest(accumulated, lanes.at, lanes.real, launch.k)
+    chosen = _select.largest(accumulated, lanes.positions, lanes.real, launch.k)
     rest = _rows.each(lambda mask, x: jnp.where(mask, 0, x), chosen.masks, accumulated)
     newest = _rows.each(lambda mask, x: jnp.where(mask, x, 0), chosen.masks, accumulated)
     older = None
     if window > 1:
-        older = gpu_window.older(old, scalars, place, error, chosen, launch)
+        older = gpu_window.sum_stored(old, scalars, place, error, chosen, launch)
     gpu_memory.barrier(launch)
 
     _store_error(new, place, lanes, _rows.quantize(rest, launch.bits), store)
-    for i, x, mask in zip(lanes.at, newest, lanes.inside, strict=True):
+    for i, x, mask in zip(lanes.positions, newest, lanes.inside, strict=True):
         x = jnp.zeros_like(x) if older else rescale(*_rows.moments(_rows.round_to(x, 7)))
         store(new.update, (place.cell, place.begin + i), x, mask)
     if older is None:
         return
-    gpu_window.write_slot(new, scalars.start[0], place, chosen, lanes.at, newest, store)
+    gpu_window.write_slot(
+        new, scalars.start[0], place, chosen, lanes.positions, newest, store
+    )
     gpu_memory.barrier(launch)
-    index, mu, nu, mask = gpu_window.selected(new, scalars, place, launch)
+    index, mu, nu, mask = gpu_window.sum_selected(new, scalars, place, launch)
     store(new.update, (place.cell, place.begin + index), rescale(mu, nu), mask)
     gpu_memory.barrier(launch)
     index, mu, nu, mask = older
@@ -99,13 +101,13 @@ def _lanes(old: Rows, place: Place, launch: Launch, window: int) -> _Lanes:
     columns = [lane + first for first in range(0, width, size)]
     filled = [gpu_memory.filled(place, column, width) for column in columns]
     parts = range(8 // launch.bits)
-    at = [part * width + column for part in parts for column in columns]
+    positions = [part * width + column for part in parts for column in columns]
     real = [mask for _ in parts for mask in filled]
     inside = [
         gpu_memory.inside(place, i, mask, launch)
-        for i, mask in zip(at, real, strict=True)
+        for i, mask in zip(positions, real, strict=True)
     ]
-    return _Lanes(columns, filled, at, real, inside)
+    return _Lanes(columns, filled, positions, real, inside)
 
 
 def _accumulate(
@@ -116,7 +118,7 @@ def _accumulate(
     bytes_ = [gpu_memory.load(old.codes, (place.row, i), mask) for i, mask in pairs]
     errors = [error(byte, part) for part in range(8 // launch.bits) for byte in bytes_]
     add = functools.partial(gpu_memory.add_gradient, old, place)
-    return _rows.each(add, lanes.at, errors, lanes.inside)
+    return _rows.each(add, lanes.positions, errors, lanes.inside)
 
 
 def _store_error(

@@ -42,17 +42,19 @@ def filled(place: Place, column: jax.Array, width: int) -> jax.Array:
     return jnp.broadcast_to(place.exists, (place.row.shape[0], column.shape[1]))
 
 
-def inside(place: Place, at: jax.Array, mask: jax.Array, launch: Launch) -> jax.Array:
+def inside(
+    place: Place, position: jax.Array, mask: jax.Array, launch: Launch
+) -> jax.Array:
     """Which positions are not padding."""
     if launch.cell == launch.blocks * launch.block:
         return mask
-    return mask & (place.begin + at < launch.cell)
+    return mask & (place.begin + position < launch.cell)
 
 
 def add_gradient(
-    old: Rows, place: Place, at: jax.Array, error: jax.Array, mask: jax.Array
+    old: Rows, place: Place, position: jax.Array, error: jax.Array, mask: jax.Array
 ) -> jax.Array:
-    gradient = load(old.gradient, (place.cell, place.begin + at), mask)
+    gradient = load(old.gradient, (place.cell, place.begin + position), mask)
     return jnp.where(mask, _moments.bounded(gradient.astype(jnp.float32) + error), 0)
 
 

@@ -20,7 +20,7 @@ def write_slot(
     start: jax.Array,
     place: Place,
     chosen: _select.Chosen,
-    at: list[jax.Array],
+    positions: list[jax.Array],
     newest: list[jax.Array],
     store: Callable,
 ) -> None:
@@ -34,7 +34,9 @@ def write_slot(
         put(*_in_order(chosen.found, place))
         return
     before = jnp.full_like(place.row, -1)
-    for first in range(0, len(at), 4):  # parts whose ranks share the bytes of a word
+    for first in range(
+        0, len(positions), 4
+    ):  # parts whose ranks share the bytes of a word
         masks = chosen.masks[first : first + 4]
         flags = [mask.astype(jnp.int32) << (8 * i) for i, mask in enumerate(masks)]
         word = functools.reduce(operator.or_, flags)
@@ -42,7 +44,7 @@ def write_slot(
         totals = jnp.sum(word, axis=1, keepdims=True, dtype=jnp.int32)
         for i, mask in enumerate(masks):
             rank = before + ((ranks >> (8 * i)) & 255)
-            position = jnp.broadcast_to(at[first + i], mask.shape)
+            position = jnp.broadcast_to(positions[first + i], mask.shape)
             put(rank, position, newest[first + i], mask & place.exists)
             before += (totals >> (8 * i)) & 255
 
@@ -60,7 +62,7 @@ def _in_order(found: list[tuple[jax.Array, jax.Array]], place: Place) -> Any:
     return rank, index, value, place.exists & (rank < len(found))
 
 
-def selected(new: Updated, scalars: Scalars, place: Place, launch: Launch) -> Any:
+def sum_selected(new: Updated, scalars: Scalars, place: Place, launch: Launch) -> Any:
     """Index, mu, nu and mask of what was just selected, from its slot."""
     entry = lax.broadcasted_iota(jnp.int32, (1, pl.next_power_of_2(launch.k)), 1)
     mask = place.exists & (entry < launch.k)
@@ -70,7 +72,7 @@ def selected(new: Updated, scalars: Scalars, place: Place, launch: Launch) -> An
     return index, *_rows.moments(value), gpu_memory.inside(place, index, mask, launch)
 
 
-def older(
+def sum_stored(
     old: Rows,
     scalars: Scalars,
     place: Place,
@@ -96,14 +98,16 @@ def older(
     for slot in range(slots):
         value = gpu_memory.load(old.values, (place.row, entry), mask).astype(jnp.float32)
         if slots > 1:
-            value = _at(index, old, place, range(slot * launch.k, (slot + 1) * launch.k))
+            value = _value_at(
+                index, old, place, range(slot * launch.k, (slot + 1) * launch.k)
+            )
         first, second = _rows.moments(value)
         mu += scalars.weights[0, slot] * first
         nu += scalars.weights[1, slot] * second
     return index, mu, nu, mask
 
 
-def _at(index: jax.Array, old: Rows, place: Place, slot: range) -> jax.Array:
+def _value_at(index: jax.Array, old: Rows, place: Place, slot: range) -> jax.Array:
     """The value that a slot has for each index, 0 where it has none."""
     value = jnp.zeros(index.shape, jnp.float32)
     for i in slot:

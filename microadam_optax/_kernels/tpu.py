@@ -57,8 +57,8 @@ def _update_rows(old: Rows, scalars: Scalars, new: Updated, launch: Launch) -> N
     bits, (rows, width) = launch.bits, old.codes.shape
     parts = range(8 // bits)
     lane = lax.broadcasted_iota(jnp.int32, (rows, width), 1)
-    at = [part * width + lane for part in parts]
-    real = [_is_real(i, rows, launch) for i in at]
+    positions = [part * width + lane for part in parts]
+    real = [_is_real(i, rows, launch) for i in positions]
     step, zero = (old.ranges[:, i : i + 1].astype(jnp.float32) for i in (0, 1))
     byte = old.codes[...].astype(jnp.int32)
     accumulated = []
@@ -68,8 +68,8 @@ def _update_rows(old: Rows, scalars: Scalars, new: Updated, launch: Launch) -> N
         x = _moments.bounded(gradient.astype(jnp.float32) + error)
         accumulated.append(x if mask is None else jnp.where(mask, x, 0))
 
-    everywhere = [lane >= 0] * len(at)
-    chosen = _select.largest(accumulated, at, everywhere, launch.k)
+    everywhere = [lane >= 0] * len(positions)
+    chosen = _select.largest(accumulated, positions, everywhere, launch.k)
     rest = _rows.each(lambda mask, x: jnp.where(mask, 0, x), chosen.masks, accumulated)
     (code,), ranges = _rows.quantize(rest, bits)
     new.codes[...] = code
@@ -82,8 +82,8 @@ def _update_rows(old: Rows, scalars: Scalars, new: Updated, launch: Launch) -> N
     ]
     moments = [_rows.moments(x) for x in newest]
     if old.indices is not None:
-        moments = _add_stored(moments, old, scalars, at, launch.k)
-        _write_slot(old, new, scalars.start[0], chosen.masks, newest, at, launch.k)
+        moments = _add_stored(moments, old, scalars, positions, launch.k)
+        _write_slot(old, new, scalars.start[0], chosen.masks, newest, positions, launch.k)
     debias_mu, debias_nu, eps, root = (scalars.factors[i] for i in range(4))
     dtype = new.update.dtype
     rescale = functools.partial(_rows.rescale, debias_mu, debias_nu, eps, root, dtype)
@@ -92,17 +92,17 @@ def _update_rows(old: Rows, scalars: Scalars, new: Updated, launch: Launch) -> N
         new.update[:, columns] = rescale(mu, nu)
 
 
-def _is_real(at: jax.Array, rows: int, launch: Launch) -> jax.Array | None:
+def _is_real(position: jax.Array, rows: int, launch: Launch) -> jax.Array | None:
     """Which positions are not padding; None if none is."""
     if launch.cell == launch.blocks * launch.block:
         return None
-    row = pl.program_id(0) * rows + lax.broadcasted_iota(jnp.int32, at.shape, 0)
+    row = pl.program_id(0) * rows + lax.broadcasted_iota(jnp.int32, position.shape, 0)
     block = lax.rem(row, jnp.full_like(row, launch.blocks))
-    return block * launch.block + at < launch.cell
+    return block * launch.block + position < launch.cell
 
 
 def _add_stored(
-    moments: list[Any], old: Rows, scalars: Scalars, at: list[jax.Array], k: int
+    moments: list[Any], old: Rows, scalars: Scalars, positions: list[jax.Array], k: int
 ) -> list[Any]:
     """Adds each entry of all rows where it belongs."""
     indices = old.indices[...].astype(jnp.int32)
@@ -121,7 +121,7 @@ def _add_stored(
             tuple(
                 x + jnp.where(i == index, y, 0) for x, y in zip(pair, added, strict=True)
             )
-            for pair, i in zip(moments, at, strict=True)
+            for pair, i in zip(moments, positions, strict=True)
         ]
 
     return lax.fori_loop(jnp.int32(0), jnp.int32(indices.shape[1]), add, moments)
@@ -133,21 +133,21 @@ def _write_slot(
     start: jax.Array,
     masks: list[jax.Array],
     newest: list[jax.Array],
-    at: list[jax.Array],
+    positions: list[jax.Array],
     k: int,
 ) -> None:
     """What is selected, by ascending position, over the oldest slot."""
     column = lax.broadcasted_iota(jnp.int32, old.indices.shape, 1)
-    positions = _rows.each(lambda m, i: jnp.where(m, i, _select.NOWHERE), masks, at)
+    selected = _rows.each(lambda m, i: jnp.where(m, i, _select.NOWHERE), masks, positions)
 
     def put(rank: jax.Array, state: Any) -> Any:
         indices, values, last = state
-        left = [jnp.where(i > last, i, _select.NOWHERE) for i in positions]
+        left = [jnp.where(i > last, i, _select.NOWHERE) for i in selected]
         index = _rows.reduce(jnp.minimum, jnp.min, left)
         value = _rows.reduce(
             jnp.add,
             jnp.sum,
-            _rows.each(lambda i, x: jnp.where(i == index, x, 0), at, newest),
+            _rows.each(lambda i, x: jnp.where(i == index, x, 0), positions, newest),
         )
         here = column == start + rank
         return jnp.where(here, index, indices), jnp.where(here, value, values), index
