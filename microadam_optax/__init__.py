@@ -2,6 +2,9 @@
 
 from microadam_optax import layerwise as layerwise
 from microadam_optax import memory as memory
+from microadam_optax._accumulate import Accumulate as Accumulate
+from microadam_optax._accumulate import AccumulateState as AccumulateState
+from microadam_optax._accumulate import accumulate as accumulate
 from microadam_optax._apply import apply_updates_stochastic as apply_updates_stochastic
 from microadam_optax._apply import lost_updates as lost_updates
 from microadam_optax._dense import matching as matching

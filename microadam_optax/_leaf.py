@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import lax
 
 from microadam_optax import _primitive, _specs, _step, _xla
 from microadam_optax._blocks import Layout
@@ -42,6 +43,10 @@ def update(
     by_xla = named_xla or 0 in layout.shape or step.prng is not None
     compute = _xla.update if by_xla else _primitive.update
     f = functools.partial(compute, layout=layout, settings=settings)
+    if step.micro is not None:
+        own = settings.of_micro_batch()
+        add = functools.partial(compute, layout=layout, settings=own)
+        f = functools.partial(_of_micro_batch, f, add)
     manual = _specs.varying((gradient, old, step))
     gradient, old, step = _specs.vary((gradient, old, step), manual)
     if not _specs.varying(token) <= manual:
@@ -66,3 +71,28 @@ def _on_explicit_mesh(
     if not own.mesh.empty:
         update = jax.sharding.reshard(update, own)
     return update, new, token
+
+
+def _of_micro_batch(
+    f: Callable,
+    add: Callable,
+    gradient: jax.Array,
+    old: LeafState,
+    step: Step,
+    token: jax.Array,
+) -> tuple[jax.Array, LeafState, jax.Array]:
+    """A step with the last micro-batch; before it, only the error takes them up."""
+    micro, step = step.micro, step._replace(micro=None)
+
+    def take_up(gradient: jax.Array, old: LeafState, token: jax.Array) -> Any:
+        own = step._replace(ages=None)
+        if step.prng is not None:
+            own = own._replace(prng=jax.random.fold_in(step.prng, micro.number))
+        error = old._replace(indices=None, values=None)
+        update, new, token = add(gradient, error, own, token)
+        return update, old._replace(codes=new.codes, ranges=new.ranges), token
+
+    # Loops of one pass or none, since XLA copies what a conditional writes over.
+    carry, last = (gradient, old, token), micro.last.astype(int)
+    carry = lax.fori_loop(0, last, lambda _, x: f(x[0], x[1], step, x[2]), carry)
+    return lax.fori_loop(0, 1 - last, lambda _, x: take_up(*x), carry)

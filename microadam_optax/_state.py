@@ -12,7 +12,6 @@ import optax
 
 from microadam_optax import _paths, _specs
 from microadam_optax._blocks import Layout
-from microadam_optax._paths import shown
 
 
 class MicroAdamState(NamedTuple):
@@ -67,8 +66,14 @@ class Settings(NamedTuple):
 
     def k(self, block: int) -> int:
         """Entries selected in a block."""
+        if not self.density:  # of a micro-batch, which the error takes up
+            return 0
         # Rounded, so that 7 % of 100 is 7 although 0.07 * 100 > 7 in binary.
         return max(1, math.ceil(round(self.density * block, 6)))
+
+    def of_micro_batch(self) -> "Settings":
+        """Those of a step that selects nothing."""
+        return self._replace(window=1, density=0.0, alpha=0.0, match_adam=False)
 
 
 class LeafState(NamedTuple):
@@ -148,18 +153,9 @@ def check_structure(updates: Any, state: Any) -> None:
     structures: list[Any] = [jax.tree.structure(x) for x in (updates, state_tree)]
     if structures[0] == structures[1]:
         return
-    given, known = _paths.of(updates), _paths.of(state_tree)
-    missing = [shown(path) for path in known if path not in given]
-    extra = [shown(path) for path in given if path not in known]
-    if missing:
-        difference = f"there is no gradient for {missing[0]}"
-    elif extra:
-        difference = f"the state knows no {extra[0]}"
-    else:
-        difference = "the containers differ in type"
     raise ValueError(
         "The gradient tree does not match the optimizer state: "
-        f"{difference} ({len(given)} leaves given, {len(known)} in the state)."
+        f"{_paths.difference(updates, state_tree)}."
     )
 
 

@@ -29,6 +29,7 @@ class Step(NamedTuple):
     prng: jax.Array | None  # a PRNG key for stochastic rounding
     debias_mu: Any = None  # float32, what the sums of a leaf are multiplied by
     debias_nu: Any = None
+    micro: Any = None  # a MicroBatch, if it is one of several that make a step
     layer: Any = None  # int32, if leaves are one of stacked layers and rounded at random
 
 

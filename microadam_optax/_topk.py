@@ -27,13 +27,15 @@ def largest(x: jax.Array, k: int) -> jax.Array:
 
     Args:
       x: float32 ``(..., b)``.
-      k: how many to mark, ``1 <= k <= b``.
+      k: how many to mark, ``0 <= k <= b``.
 
     Returns:
       bool ``(..., b)`` with exactly k True in each row.
     """
     size = x.shape[-1]
     keys = lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
+    if k == 0:
+        return keys < 0
     if k == size:
         return keys >= 0  # all, but not a constant for XLA to fold through the leaf
     kth = kth_by_maxima(keys, k) if k <= BY_MAXIMA else kth_by_counting(keys, k, bits=31)

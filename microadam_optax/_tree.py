@@ -14,6 +14,7 @@ from microadam_optax import (
     _dispatch,
     _fit,
     _leaf,
+    _micro,
     _moments,
     _paths,
     _specs,
@@ -83,7 +84,8 @@ def update(
     leaves, tree = jax.tree_util.tree_flatten_with_path(gradients)
     old = _state.unpack(state, tree)
     layouts = _layouts(options, gradients, old, state.ages)
-    step = _first_step(options, state)
+    micro, every = _micro.current()
+    step = _first_step(options, state)._replace(micro=micro)
     new = _update_dense(options, [x for _, x in leaves], old, state.count)
     token = state.count  # a number that is never negative
     for number, (gradient, kept, layout) in enumerate(
@@ -94,7 +96,7 @@ def update(
         own = step
         if step.prng is not None:
             own = step._replace(prng=jax.random.fold_in(step.prng, number))
-        gradient = jnp.asarray(gradient)
+        gradient = _micro.share(jnp.asarray(gradient), every)
         *new[number], token = _leaf.update(
             gradient, kept, own, token, layout=layout, settings=options.settings
         )

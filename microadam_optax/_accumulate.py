@@ -1,0 +1,202 @@
+"""Micro-batches in the error feedback: gradient accumulation without an accumulator."""
+
+import numbers
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from microadam_optax import _micro, _paths, _specs, _state
+from microadam_optax._micro import MicroBatch
+from microadam_optax._state import MicroAdamState
+
+Tree = Any
+
+
+class AccumulateState(NamedTuple):
+    """State of `accumulate`, with the names that `optax.MultiSteps` has.
+
+    Attributes:
+      mini_step: int32 scalar, micro-batches since the last step.
+      gradient_step: int32 scalar, steps done.
+      inner_opt_state: of the transformation.
+      acc_grads: float32, of each leaf that MicroAdam does not compress the sum of its
+        gradients since the last step; an `optax.MaskedNode` for the others, whose sums
+        are in the error feedback.
+    """
+
+    mini_step: jax.Array
+    gradient_step: jax.Array
+    inner_opt_state: optax.OptState
+    acc_grads: Tree
+
+
+class Accumulate(optax.GradientTransformationExtraArgs):
+    """What `accumulate` returns."""
+
+    @staticmethod
+    def has_updated(state: AccumulateState) -> jax.Array:
+        """Whether the last call took a step: bool scalar."""
+        return (state.mini_step == 0) & (state.gradient_step > 0)
+
+
+def accumulate(tx: optax.GradientTransformation, every: int) -> Accumulate:
+    """Takes a step with the mean gradient of `every` calls, and keeps no gradient.
+
+    As `optax.MultiSteps` does, but that keeps the mean of the gradients so far, 4 bytes
+    a parameter. Here a leaf that MicroAdam compresses adds each micro-batch's share of
+    the mean to its error feedback, and selects at the last one. The others, which are
+    few and small by default, are summed in float32.
+
+    Between steps the updates are zeros and the state stays, schedules, counts and decay
+    too, but for the error. What stands before MicroAdam in a chain, such as
+    clipping, sees the gradients of one micro-batch; of dense leaves it sees their mean
+    so far.
+
+    Args:
+      tx: `microadam`, or anything made of it by `optax.chain`, `optax.partition` and so
+        on; not jitted by itself.
+      every: micro-batches to a step.
+
+    Returns:
+      A transformation whose state is an `AccumulateState`; its `has_updated` tells
+      whether the last call took a step.
+
+    Raises:
+      TypeError: `every` is no integer; it cannot change from step to step.
+      ValueError: `every` is less than 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from microadam_optax import accumulate, microadam
+      >>> params = jnp.ones((64, 64))
+      >>> tx = accumulate(microadam(0.1), every=2)
+      >>> state = tx.init(params)
+      >>> for _ in range(2):
+      ...     updates, state = tx.update(jnp.ones((64, 64)), state, params)
+      ...     bool(tx.has_updated(state)), bool(jnp.any(updates != 0))
+      (False, False)
+      (True, True)
+    """
+    if not isinstance(every, numbers.Integral) or isinstance(every, bool):
+        raise TypeError(
+            "`every` must be an integer, for the error feedback holds shares of 1 / "
+            f"`every`, got {every!r}."
+        )
+    if every < 1:
+        raise ValueError(f"`every` must be at least 1, got {every}.")
+    inner = optax.with_extra_args_support(tx)
+
+    def init(params: optax.Params) -> AccumulateState:
+        state = inner.init(params)
+        place = _specs.of_scalars(jax.tree.leaves(params))
+        zeros = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
+        if place is not None:
+            zeros = jax.device_put(zeros, place)
+        return AccumulateState(*zeros, state, _zeros(params, state))
+
+    def update(
+        updates: optax.Updates,
+        state: AccumulateState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, AccumulateState]:
+        return _update(inner, int(every), updates, state, params, extra_args)
+
+    return Accumulate(init, update)
+
+
+def _update(
+    tx: optax.GradientTransformationExtraArgs,
+    every: int,
+    gradients: optax.Updates,
+    state: AccumulateState,
+    params: optax.Params | None,
+    extra_args: dict[str, Any],
+) -> tuple[optax.Updates, AccumulateState]:
+    number, old = state.mini_step, state.inner_opt_state
+    _check_tree(gradients, state.acc_grads)
+    last = number >= every - 1
+    sums = _map(jnp.add, state.acc_grads, gradients)
+    means = _means(sums, gradients, number + 1)
+    with _micro.batch(MicroBatch(last, number), every) as seen:
+        updates, new = tx.update(means, old, params, **extra_args)
+    if _microadams(old) and not seen:
+        raise ValueError(
+            "`accumulate` must see MicroAdam's update run: its transformation must not "
+            "be jitted by itself."
+        )
+    updates = jax.tree.map(lambda x: jnp.where(last, x, jnp.zeros_like(x)), updates)
+    new = jax.tree.map(
+        lambda before, after: _keep(last, before, after), old, new, is_leaf=_is_microadam
+    )
+    sums = jax.tree.map(lambda x: jnp.where(last, jnp.zeros_like(x), x), sums)
+    following = jnp.where(last, 0, number + 1).astype(number.dtype)
+    steps = jnp.where(
+        last, optax.safe_increment(state.gradient_step), state.gradient_step
+    )
+    return updates, AccumulateState(following, steps, new, sums)
+
+
+def _zeros(params: optax.Params, state: optax.OptState) -> Tree:
+    """The sums before the first micro-batch, of the leaves that are not compressed."""
+    compressed = {path for node in _microadams(state) for path in _paths.of(node.codes)}
+
+    def zeros(path: Any, leaf: Any) -> Any:
+        if path in compressed:
+            return optax.MaskedNode()
+        dtype = jnp.promote_types(jnp.result_type(leaf), jnp.float32)
+        return jnp.zeros(jnp.shape(leaf), dtype, device=_specs.of(leaf))
+
+    return jax.tree_util.tree_map_with_path(zeros, params)
+
+
+def _map(f: Any, sums: Tree, gradients: optax.Updates) -> Tree:
+    """`f` of each sum and gradient; leaves without a sum stay masked."""
+    return jax.tree.map(
+        lambda x, g: x if _state.is_masked(x) else f(x, g.astype(x.dtype)),
+        sums,
+        gradients,
+        is_leaf=_state.is_masked,
+    )
+
+
+def _means(sums: Tree, gradients: optax.Updates, count: jax.Array) -> optax.Updates:
+    """The mean gradient of each leaf that has a sum, else the gradient."""
+    return jax.tree.map(
+        lambda x, g: g if _state.is_masked(x) else (x / count).astype(g.dtype),
+        sums,
+        gradients,
+        is_leaf=_state.is_masked,
+    )
+
+
+def _keep(last: jax.Array, before: Any, after: Any) -> Any:
+    """A part of the state: as it was, but after the last micro-batch, and the error."""
+    if not _is_microadam(before):
+        return jnp.where(last, after, before)
+    names = ("count", "ages", "mu", "nu")
+    old, new = ([getattr(x, name) for name in names] for x in (before, after))
+    kept = jax.tree.map(lambda x, y: jnp.where(last, y, x), old, new)
+    return after._replace(**dict(zip(names, kept, strict=True)))
+
+
+def _microadams(state: optax.OptState) -> list[MicroAdamState]:
+    nodes = jax.tree.leaves(state, is_leaf=_is_microadam)
+    return [x for x in nodes if _is_microadam(x)]
+
+
+def _is_microadam(x: Any) -> bool:
+    return isinstance(x, MicroAdamState)
+
+
+def _check_tree(gradients: optax.Updates, sums: Tree) -> None:
+    """Raises ValueError if the gradients are not a tree like the parameters."""
+    trees: list[Any] = [gradients, sums]
+    known, given = (jax.tree.structure(x, is_leaf=_state.is_masked) for x in trees)
+    if known != given:
+        difference = _paths.difference(gradients, sums, _state.is_masked)
+        raise ValueError(
+            f"The gradient tree does not match the state of `accumulate`: {difference}."
+        )
