@@ -194,8 +194,10 @@ def _is_microadam(x: Any) -> bool:
 def _check_tree(gradients: optax.Updates, sums: Tree) -> None:
     """Raises ValueError if the gradients are not a tree like the parameters."""
     trees: list[Any] = [gradients, sums]
-    known, given = (jax.tree.structure(x, is_leaf=_state.is_masked) for x in trees)
-    if known != given:
+    structures: list[Any] = [
+        jax.tree.structure(x, is_leaf=_state.is_masked) for x in trees
+    ]
+    if structures[0] != structures[1]:
         difference = _paths.difference(gradients, sums, _state.is_masked)
         raise ValueError(
             f"The gradient tree does not match the state of `accumulate`: {difference}."

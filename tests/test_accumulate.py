@@ -125,15 +125,15 @@ def test_kernels_keep_the_same_bits(shape, dtype, implementation):
 
 def test_every_one_is_the_transformation_itself():
     inner = microadam(1e-2, window=2)
-    params, _ = params_and(inner)
-    stream = [tree(g) for g in gradients(4)]
+    params, _ = params_and(inner, (64, 128))
+    stream = [tree(g) for g in gradients(4, (64, 128))]
     micro = trained(accumulate(inner, 1), params, stream)
     whole = trained(inner, params, stream)
     states = [micro_state(x) for x in (micro[1], whole[1])]
     for name in ("count", "ages", "codes", "ranges", "indices", "values"):
         assert_equal(*(getattr(x, name) for x in states))
-    # XLA fuses the rest, dense leaves too, with other neighbours: some ulp.
-    close = functools.partial(np.testing.assert_allclose, rtol=2**-20)
+    # XLA fuses the rest, dense leaves too, with other neighbours: some ulp of 1.
+    close = functools.partial(np.testing.assert_allclose, atol=2**-22)
     jax.tree.map(close, (micro[0], states[0].mu), (whole[0], states[1].mu))
 
 
