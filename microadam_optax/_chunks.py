@@ -98,8 +98,9 @@ def in_chunks(
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
     one = functools.partial(_one_piece, f, shapes, starts, units, cut)
     carry = lax.fori_loop(0, cut.pieces, one, (views, token))
-    if cut.rest:
-        carry = one(cut.pieces, carry)
+    if cut.rest:  # in a loop as well, for XLA to do it before what waits for the token
+        once = 1 + jnp.minimum(token, 0)
+        carry = lax.fori_loop(0, once, lambda _, x: one(cut.pieces, x), carry)
     views, token = carry
     return jax.tree.map(_end, views, shapes), token
 
