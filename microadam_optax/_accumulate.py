@@ -21,9 +21,9 @@ class AccumulateState(NamedTuple):
       mini_step: int32 scalar, micro-batches since the last step.
       gradient_step: int32 scalar, steps done.
       inner_opt_state: of the transformation.
-      acc_grads: float32, of each leaf that MicroAdam does not compress the sum of its
-        gradients since the last step; an `optax.MaskedNode` for the others, whose sums
-        are in the error feedback.
+      acc_grads: of each leaf that MicroAdam does not compress, in its shape, the sum of
+        its gradients since the last step, float32 or wider; an `optax.MaskedNode` for the
+        others, whose sums are in the error feedback.
     """
 
     mini_step: jax.Array
@@ -65,7 +65,8 @@ def accumulate(tx: optax.GradientTransformation, every: int) -> Accumulate:
 
     Raises:
       TypeError: `every` is no integer; it cannot change from step to step.
-      ValueError: `every` is less than 1.
+      ValueError: `every` is less than 1; or, by an update, the gradients are no tree like
+        the parameters, or the transformation was jitted by itself.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax

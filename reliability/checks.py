@@ -13,6 +13,7 @@ import sys
 import pytest
 
 import methods
+import micro_batches
 import microadam_optax
 import report
 import report_reliability
@@ -133,6 +134,10 @@ def test_every_example_is_listed():
 @pytest.mark.parametrize("page", [DOCS / "convergence.md", ROOT / "README.md"])
 def test_the_summary_is_that_of_the_results(page):
     assert section(page, "quality") == report.quality_section()
+
+
+def test_the_table_of_micro_batches_is_that_of_the_results():
+    assert section(DOCS / "layerwise.md", "micro-batches") == micro_batches.section()
 
 
 def lengths():

@@ -51,6 +51,7 @@ RANDOM = f"{ORACLE}[xla-stochastic]"
 ADAM = "tests/test_adam.py::test_density_1_within_the_window_is_adam"
 LIMIT = "tests/test_cpu_kernel.py::test_hostile_numbers[float32-2]"
 LAYERS = "tests/test_layerwise.py::test_it_is_the_ordinary_step"
+MICRO = "tests/test_accumulate.py::test_error_takes_up_micro_batches"
 DECAY = "tests/test_trees.py::test_weight_decay_and_mask"
 
 MUTATIONS = {
@@ -238,6 +239,65 @@ MUTATIONS = {
         "numbers + step.layer.astype(jnp.uint32) * math.prod(shape)",
         "numbers",
         f"{LAYERS}[random rounding]",
+    ),
+    "a micro-batch counts in full": Mutation(
+        "_micro.py", "else gradient / every", "else gradient", f"{MICRO}[xla-4]"
+    ),
+    "a micro-batch selects": Mutation(
+        "_state.py",
+        "window=1, density=0.0,",
+        "window=1, density=0.01,",
+        f"{MICRO}[xla-4]",
+    ),
+    "a micro-batch selects in the CPU kernel": Mutation(
+        "_kernels/cpu_select.py",
+        "        return top\n",
+        "        return int32(-1)\n",
+        f"{MICRO}[None-4]",
+    ),
+    "a micro-batch selects in kernels of Pallas": Mutation(
+        "_kernels/_select.py",
+        "[key >= none for",
+        "[key >= 0 for",
+        f"{MICRO}[interpret_gpu-4]",
+    ),
+    "every micro-batch counts as a step": Mutation(
+        "_accumulate.py",
+        '("count", "ages", "mu", "nu")',
+        '("ages", "mu", "nu")',
+        f"{MICRO}[xla-4]",
+    ),
+    "updates between steps": Mutation(
+        "_accumulate.py",
+        "lambda x: jnp.where(last, x, jnp.zeros_like(x)), updates",
+        "lambda x: x, updates",
+        "tests/test_accumulate.py::test_dense_leaves_train_as_with_multi_steps",
+    ),
+    "sums of dense leaves go on after a step": Mutation(
+        "_accumulate.py",
+        "jnp.where(last, jnp.zeros_like(x), x), sums",
+        "x, sums",
+        "tests/test_accumulate.py::test_dense_leaves_train_as_with_multi_steps",
+    ),
+    "the same random numbers in all micro-batches": Mutation(
+        "_leaf.py",
+        "jax.random.fold_in(step.prng, micro.number)",
+        "step.prng",
+        "tests/test_accumulate.py::test_random_rounding_draws_anew_in_each_micro_batch",
+    ),
+    "micro-batches by a conditional, which copies": Mutation(
+        "_leaf.py",
+        "    carry, last = (gradient, old, token), micro.last.astype(int)\n",
+        "    whole = lambda g, o, t: f(g, o, step, t)\n"
+        "    return lax.cond(micro.last, whole, take_up, gradient, old, token)\n"
+        "    carry, last = (gradient, old, token), micro.last.astype(int)\n",
+        "tests/test_accumulate.py::test_no_leaf_is_copied",
+    ),
+    "the last piece of a leaf out of the order": Mutation(
+        "_chunks.py",
+        "lax.fori_loop(0, once, lambda _, x: one(cut.pieces, x), carry)",
+        "one(cut.pieces, carry)",
+        "tests/test_trees.py::test_leaves_share_their_temporaries",
     ),
     "large gradients not limited": Mutation(
         "_moments.py", "jnp.clip(x, -largest, largest)", "x", LIMIT

@@ -4,7 +4,8 @@ python benchmarks/convergence/micro_batches.py [--tasks TEXT]
 
 Each step's batch is cut into 4 or 16 micro-batches. The default setting at 4 and 8 bits
 of error, with and without stochastic rounding, three seeds, at the best learning rate of
-MultiSteps. Runs are kept one by one, so it goes on where it was.
+MultiSteps. Runs are kept one by one, so it goes on where it was; `report.py` writes the
+table.
 """
 
 import argparse
@@ -23,8 +24,13 @@ import study
 import tasks
 import training
 from microadam_optax import accumulate, microadam, smaller_than
-from runs import Runs
+from runs import ROOT, Runs, deciding, outcome
 
+sys.path.append(str(ROOT / "benchmarks"))
+
+import tables
+
+RECORD = "micro_batches"
 EVERY = (4, 16)
 SEEDS = 3
 WHOLE = "MultiSteps"
@@ -95,8 +101,7 @@ def rows(
     name: str, way: str, every: int, rate: float, seeds: int
 ) -> list[dict[str, Any]]:
     """The runs of one way, read where they are on disk, else done."""
-    trial, runs = TRIALS[name], Runs("micro_batches")
-    title = f"{name}: {way}, {every} micro-batches"
+    trial, runs, title = TRIALS[name], Runs(RECORD), title_of(name, way, every)
     method = methods.Method(functools.partial(transformation, way, every), 0.0)
     task = in_micro_batches(task_of(name), trial.joined, every)
     step = make_step(task, method)
@@ -108,6 +113,11 @@ def rows(
             held = round(training.state_bytes(task, method), 4)
             runs.add({"method": title, "state_bytes": held, **row})
     return runs.find(method=title, learning_rate=rate, steps=trial.steps)
+
+
+def title_of(name: str, way: str, every: int) -> str:
+    """Under which a way's runs are kept."""
+    return f"{name}: {way}, {every} micro-batches"
 
 
 @functools.cache
@@ -123,6 +133,27 @@ def conduct(name: str) -> None:
             jax.clear_caches()
             found = [x["figures"] for x in rows(name, way, every, rate, SEEDS)]
             print(f"{name}, {every} micro-batches, {way}: rate {rate:g}: {found}")
+
+
+def section() -> str:
+    """The table of all ways: mean and spread over the seeds, at their best rate."""
+    runs = Runs(RECORD)
+    header = [f"{name}, {every} micro-batches" for name in TRIALS for every in EVERY]
+    rows = []
+    for way in (WHOLE, *WAYS):
+        cells = [cell(runs, name, way, every) for name in TRIALS for every in EVERY]
+        title = "optax.MultiSteps" if way == WHOLE else f"accumulate, {way}"
+        rows.append([title, *cells])
+    machine = tables.measured_on({"machine": runs.machine})
+    return f"{tables.table(['', *header], rows)}\n\n{machine}."
+
+
+def cell(runs: Runs, name: str, way: str, every: int) -> str:
+    found = outcome(runs, title_of(name, way, every), TRIALS[name].steps, SEEDS)
+    assert found is not None, (name, way, every)
+    if deciding(found.rows[0]).endswith("loss"):
+        return f"loss {found.mean:.3f} ± {found.spread:.3f}"
+    return f"{100 * found.mean:.2f} % ± {100 * found.spread:.2f} %"
 
 
 def main(arguments: list[str] | None = None) -> int:

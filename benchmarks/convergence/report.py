@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import methods
+import micro_batches
 import pictures
 import study
 from runs import RESULTS, ROOT, Outcome, by_rate, deciding, outcome
@@ -240,6 +241,7 @@ def main() -> None:
         (ROOT / "README.md", "quality", sections["quality"]),
         (DOCS / "index.md", "quality", overview_section()),
         (DOCS / "tuning.md", "rates", rates_section()),
+        (DOCS / "layerwise.md", "micro-batches", micro_batches.section()),
     ):
         other.write_text(tables.fill(other.read_text(), mark, content))
     held = tables.load("memory")["state_bytes_a_parameter"]["Llama-2-7B"]
