@@ -82,17 +82,16 @@ def _of_micro_batch(
     token: jax.Array,
 ) -> tuple[jax.Array, LeafState, jax.Array]:
     """A step with the last micro-batch; before it, only the error takes them up."""
-    micro, step = step.micro, step._replace(micro=None)
 
     def take_up(gradient: jax.Array, old: LeafState, token: jax.Array) -> Any:
         own = step._replace(ages=None)
         if step.prng is not None:
-            own = own._replace(prng=jax.random.fold_in(step.prng, micro.number))
+            own = own._replace(prng=jax.random.fold_in(step.prng, step.micro.number))
         error = old._replace(indices=None, values=None)
         update, new, token = add(gradient, error, own, token)
         return update, old._replace(codes=new.codes, ranges=new.ranges), token
 
     # Loops of one pass or none, since XLA copies what a conditional writes over.
-    carry, last = (gradient, old, token), micro.last.astype(int)
+    carry, last = (gradient, old, token), step.micro.last.astype(int)
     carry = lax.fori_loop(0, last, lambda _, x: f(x[0], x[1], step, x[2]), carry)
     return lax.fori_loop(0, 1 - last, lambda _, x: take_up(*x), carry)

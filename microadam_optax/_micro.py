@@ -6,7 +6,7 @@ By the context, not as an argument, so that no transformation in between can dro
 import contextlib
 import contextvars
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -16,11 +16,11 @@ class MicroBatch(NamedTuple):
 
     last: jax.Array  # bool, whether the step is taken with it
     number: jax.Array  # int32, from 0
+    every: jax.Array  # int32, how many there are
 
 
 class _Now(NamedTuple):
     batch: MicroBatch
-    every: int
     seen: list[bool]
 
 
@@ -28,25 +28,20 @@ _now: contextvars.ContextVar[_Now | None] = contextvars.ContextVar("now", defaul
 
 
 @contextlib.contextmanager
-def batch(micro: MicroBatch, every: int) -> Iterator[list[bool]]:
+def batch(micro: MicroBatch) -> Iterator[list[bool]]:
     """While gradients are of one micro-batch; what it gives is filled by who asks."""
     seen: list[bool] = []
-    token = _now.set(_Now(micro, every, seen))
+    token = _now.set(_Now(micro, seen))
     try:
         yield seen
     finally:
         _now.reset(token)
 
 
-def current() -> tuple[MicroBatch | None, int]:
-    """The micro-batch that gradients are of, and how many make a step; None and 1."""
+def current() -> MicroBatch | None:
+    """The micro-batch that gradients are of; None if they are of a whole batch."""
     now = _now.get()
     if now is None:
-        return None, 1
+        return None
     now.seen.append(True)
-    return now.batch, now.every
-
-
-def share(gradient: Any, every: int) -> Any:
-    """A micro-batch's part of the mean gradient."""
-    return gradient if every == 1 else gradient / every
+    return now.batch

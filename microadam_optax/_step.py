@@ -58,7 +58,7 @@ def update_blocks(
     k = settings.k(block)
     noise = functools.partial(_noise, step.prng, numbers, block)
 
-    accumulated = accumulate(gradient, old, bits)
+    accumulated = accumulate(share(gradient, step), old, bits)
     selected = _topk.largest(accumulated, k)
     newest, rest = take(accumulated, selected)
     codes, ranges = _quantize.quantize(rest, bits, noise(0))
@@ -72,6 +72,21 @@ def update_blocks(
         codes, ranges = _quantize.quantize(rest, bits, noise(1))
     update = _moments.cast(update, gradient.dtype)
     return update, LeafState(codes, ranges, indices, values)
+
+
+def share(gradient: jax.Array, step: Step) -> jax.Array:
+    """A micro-batch's part of the mean gradient, rounded to the gradient's dtype."""
+    if step.micro is None:
+        return gradient
+    dtype = gradient.dtype
+    wide = jnp.promote_types(dtype, jnp.float32)
+    every = step.micro.every.astype(wide)
+    part = gradient.astype(wide) / lax.expand_dims(
+        every, range(every.ndim, gradient.ndim)
+    )
+    if dtype.itemsize == 2:  # else XLA may leave that rounding out
+        part = _moments.round_to(part, jnp.finfo(dtype).nmant)
+    return part.astype(dtype)
 
 
 def accumulate(gradient: jax.Array, old: LeafState, bits: int) -> jax.Array:

@@ -84,8 +84,7 @@ def update(
     leaves, tree = jax.tree_util.tree_flatten_with_path(gradients)
     old = _state.unpack(state, tree)
     layouts = _layouts(options, gradients, old, state.ages)
-    micro, every = _micro.current()
-    step = _first_step(options, state)._replace(micro=micro)
+    step = _first_step(options, state)
     new = _update_dense(options, [x for _, x in leaves], old, state.count)
     token = state.count  # a number that is never negative
     for number, (gradient, kept, layout) in enumerate(
@@ -96,7 +95,7 @@ def update(
         own = step
         if step.prng is not None:
             own = step._replace(prng=jax.random.fold_in(step.prng, number))
-        gradient = _micro.share(jnp.asarray(gradient), every)
+        gradient = jnp.asarray(gradient)
         *new[number], token = _leaf.update(
             gradient, kept, own, token, layout=layout, settings=options.settings
         )
@@ -151,9 +150,10 @@ def _first_step(options: Options, state: MicroAdamState) -> _step.Step:
     if prng is not None:
         prng = jax.random.wrap_key_data(prng, impl=_step.PRNG)
         prng = jax.random.fold_in(prng, state.count)
-    count = optax.safe_increment(state.count)
     layer = None if prng is None else _specs.layer()
-    return _step.Step(count, ages, b1, b2, eps, eps_root, prng, layer=layer)
+    count = optax.safe_increment(state.count)
+    scalars = count, ages, b1, b2, eps, eps_root, prng
+    return _step.Step(*scalars, micro=_micro.current(), layer=layer)
 
 
 def _update_dense(

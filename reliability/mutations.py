@@ -241,7 +241,30 @@ MUTATIONS = {
         f"{LAYERS}[random rounding]",
     ),
     "a micro-batch counts in full": Mutation(
-        "_micro.py", "else gradient / every", "else gradient", f"{MICRO}[xla-4]"
+        "_step.py",
+        "accumulate(share(gradient, step), old, bits)",
+        "accumulate(gradient, old, bits)",
+        f"{MICRO}[xla-4]",
+    ),
+    "a micro-batch counts in full in kernels": Mutation(
+        "_kernels/__init__.py",
+        "gradient, k = share(gradient, step), ",
+        "k = ",
+        f"{MICRO}[None-4]",
+    ),
+    "a share of 16 bits that XLA need not round": Mutation(
+        "_step.py",
+        "    if dtype.itemsize == 2:  # else",
+        "    if False:  # else",
+        "tests/test_accumulate.py::test_kernels_keep_the_same_bits",
+    ),
+    "shares made before the loops": Mutation(
+        "_leaf.py",
+        "    carry, last = (gradient, old, token)",
+        "    gradient = _step.share(gradient, step)\n"
+        "    step = step._replace(micro=step.micro._replace(every=step.micro.every * 0 + 1))\n"
+        "    carry, last = (gradient, old, token)",
+        "tests/test_accumulate.py::test_a_training_step_peaks_where_it_does_without",
     ),
     "a micro-batch selects": Mutation(
         "_state.py",
@@ -281,16 +304,16 @@ MUTATIONS = {
     ),
     "the same random numbers in all micro-batches": Mutation(
         "_leaf.py",
-        "jax.random.fold_in(step.prng, micro.number)",
+        "jax.random.fold_in(step.prng, step.micro.number)",
         "step.prng",
         "tests/test_accumulate.py::test_random_rounding_draws_anew_in_each_micro_batch",
     ),
     "micro-batches by a conditional, which copies": Mutation(
         "_leaf.py",
-        "    carry, last = (gradient, old, token), micro.last.astype(int)\n",
+        "    carry, last = (gradient, old, token), step.micro.last.astype(int)\n",
         "    whole = lambda g, o, t: f(g, o, step, t)\n"
-        "    return lax.cond(micro.last, whole, take_up, gradient, old, token)\n"
-        "    carry, last = (gradient, old, token), micro.last.astype(int)\n",
+        "    return lax.cond(step.micro.last, whole, take_up, gradient, old, token)\n"
+        "    carry, last = (gradient, old, token), step.micro.last.astype(int)\n",
         "tests/test_accumulate.py::test_no_leaf_is_copied",
     ),
     "the last piece of a leaf out of the order": Mutation(

@@ -112,7 +112,7 @@ def test_last_micro_batch_is_a_step(implementation, window):
 
 
 @pytest.mark.parametrize("implementation", [None, "interpret_gpu", "interpret_tpu"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("shape", [(64, 256), (3, 1000)])
 def test_kernels_keep_the_same_bits(shape, dtype, implementation):
     def run(implementation):
@@ -257,6 +257,33 @@ def test_no_leaf_is_copied(implementation):
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(accumulate(inner, 4)) < temporary(inner) + leaf[0].size
+
+
+def test_a_training_step_peaks_where_it_does_without():
+    """Nothing of the size of a gradient is kept beside it."""
+    layers = {
+        "up": jax.ShapeDtypeStruct((8, 256, 768), jnp.float32),
+        "down": jax.ShapeDtypeStruct((8, 768, 256), jnp.float32),
+    }
+    x = jax.ShapeDtypeStruct((16, 256), jnp.float32)
+
+    def loss(layers, x):
+        def block(x, layer):
+            return x + jnp.tanh(x @ layer["up"]) @ layer["down"], None
+
+        return jnp.mean(jax.lax.scan(jax.checkpoint(block), x, layers)[0] ** 2)
+
+    def temporary(tx):
+        def step(layers, state, x):
+            updates, state = tx.update(jax.grad(loss)(layers, x), state, layers)
+            return optax.apply_updates(layers, updates), state
+
+        step = jax.jit(step, donate_argnums=(0, 1))
+        compiled = step.lower(layers, jax.eval_shape(tx.init, layers), x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    inner = microadam(1e-2)
+    assert temporary(accumulate(inner, 4)) < temporary(inner) + layers["up"].size
 
 
 def test_bytes_of_state_are_those_of_the_transformation():

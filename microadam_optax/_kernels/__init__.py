@@ -18,7 +18,7 @@ from microadam_optax._blocks import Layout
 from microadam_optax._kernels import _lowering
 from microadam_optax._kernels._rows import Launch, Rows, Scalars, Updated
 from microadam_optax._state import LeafState, Settings
-from microadam_optax._step import Step
+from microadam_optax._step import Step, share
 
 PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}  # and the modules of kernels
 
@@ -73,7 +73,7 @@ def update(
       The update and the new state, written over the gradient and the old state if these
       are donated.
     """
-    k = settings.k(layout.block)
+    gradient, k = share(gradient, step), settings.k(layout.block)
     scalars = functools.partial(_scalars, k=k if settings.window > 1 else None)
     for _ in range(steps):
         scalars = jax.vmap(scalars)
