@@ -262,7 +262,8 @@ MUTATIONS = {
         "_leaf.py",
         "    carry, last = (gradient, old, token)",
         "    gradient = _step.share(gradient, step)\n"
-        "    step = step._replace(micro=step.micro._replace(every=step.micro.every * 0 + 1))\n"
+        "    micro = step.micro._replace(every=step.micro.every * 0 + 1)\n"
+        "    step = step._replace(micro=micro)\n"
         "    carry, last = (gradient, old, token)",
         "tests/test_accumulate.py::test_a_training_step_peaks_where_it_does_without",
     ),

@@ -269,8 +269,9 @@ def speed(found: dict[str, dict[str, float]], file: pathlib.Path) -> None:
             f"MicroAdam {name}", COLORS["MicroAdam (10, 1 %), all compressed"]
         )
         bars = axes.barh(at, list(ratios.values()), height, label=name, color=color)
-        axes.bar_label(bars, fmt="{:.2f}", padding=3, fontsize="small")
-    axes.axvline(1, color="black", linewidth=1.5)
+        labels = axes.bar_label(bars, fmt="{:.2f}", padding=3, fontsize="small")
+        plt.setp(labels, zorder=3, bbox={"color": "white", "pad": 0.5})
+    axes.axvline(1, color="black", linewidth=1.5, zorder=2)
     axes.set_yticks(range(len(sizes)), sizes)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15 * max(max(x.values()) for x in found.values()))
