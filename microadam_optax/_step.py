@@ -78,15 +78,11 @@ def share(gradient: jax.Array, step: Step) -> jax.Array:
     """A micro-batch's part of the mean gradient, rounded to the gradient's dtype."""
     if step.micro is None:
         return gradient
-    dtype = gradient.dtype
-    wide = jnp.promote_types(dtype, jnp.float32)
+    # Not in 16 bits, where XLA may leave out the rounding of the quotient.
+    wide = jnp.promote_types(gradient.dtype, jnp.float32)
     every = step.micro.every.astype(wide)
-    part = gradient.astype(wide) / lax.expand_dims(
-        every, range(every.ndim, gradient.ndim)
-    )
-    if dtype.itemsize == 2:  # else XLA may leave that rounding out
-        part = _moments.round_to(part, jnp.finfo(dtype).nmant)
-    return part.astype(dtype)
+    every = lax.expand_dims(every, range(every.ndim, gradient.ndim))
+    return (gradient.astype(wide) / every).astype(gradient.dtype)
 
 
 def accumulate(gradient: jax.Array, old: LeafState, bits: int) -> jax.Array:

@@ -254,8 +254,8 @@ MUTATIONS = {
     ),
     "a share of 16 bits that XLA need not round": Mutation(
         "_step.py",
-        "    if dtype.itemsize == 2:  # else",
-        "    if False:  # else",
+        "wide = jnp.promote_types(gradient.dtype, jnp.float32)",
+        "wide = gradient.dtype",
         "tests/test_accumulate.py::test_kernels_keep_the_same_bits",
     ),
     "shares made before the loops": Mutation(
