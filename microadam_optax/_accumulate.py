@@ -57,7 +57,10 @@ def accumulate(tx: optax.GradientTransformation, every: int) -> Accumulate:
     Args:
       tx: `microadam`, or anything made of it by `optax.chain`, `optax.partition` and so
         on; not jitted by itself.
-      every: micro-batches to a step.
+      every: micro-batches to a step. A run may go on with another number after a step,
+        not in between.
+
+    Derivatives through an update are those of the forward mode (`jax.jvp`).
 
     Returns:
       A transformation whose state is an `AccumulateState`; its `has_updated` tells
@@ -147,7 +150,8 @@ def _zeros(params: optax.Params, state: optax.OptState) -> Tree:
     def zeros(path: Any, leaf: Any) -> Any:
         if path in compressed:
             return optax.MaskedNode()
-        dtype = jnp.promote_types(jnp.result_type(leaf), jnp.float32)
+        own = jnp.result_type(leaf)
+        dtype = own if own.itemsize > 4 else jnp.float32
         return jnp.zeros(jnp.shape(leaf), dtype, device=_specs.of(leaf))
 
     return jax.tree_util.tree_map_with_path(zeros, params)
@@ -166,7 +170,9 @@ def _map(f: Any, sums: Tree, gradients: optax.Updates) -> Tree:
 def _means(sums: Tree, gradients: optax.Updates, count: jax.Array) -> optax.Updates:
     """The mean gradient of each leaf that has a sum, else the gradient."""
     return jax.tree.map(
-        lambda x, g: g if _state.is_masked(x) else (x / count).astype(g.dtype),
+        lambda x, g: (
+            g if _state.is_masked(x) else (x / count.astype(x.dtype)).astype(g.dtype)
+        ),
         sums,
         gradients,
         is_leaf=_state.is_masked,

@@ -79,7 +79,7 @@ def share(gradient: jax.Array, step: Step) -> jax.Array:
     if step.micro is None:
         return gradient
     # Not in 16 bits, where XLA may leave out the rounding of the quotient.
-    wide = jnp.promote_types(gradient.dtype, jnp.float32)
+    wide = gradient.dtype if gradient.dtype.itemsize > 4 else jnp.float32
     every = step.micro.every.astype(wide)
     every = lax.expand_dims(every, range(every.ndim, gradient.ndim))
     return (gradient.astype(wide) / every).astype(gradient.dtype)

@@ -378,6 +378,20 @@ def test_states_of_a_conditional_and_a_scan():
     assert int(state.mini_step) == 1
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
+@pytest.mark.parametrize("inner", [scale_by_microadam(dense=None), optax.identity()])
+def test_no_dtype_is_promoted(inner, dtype):
+    """In leaves that the error takes up, and in those that are summed."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        tx = accumulate(inner, 2)
+        state = tx.init(jnp.ones((64, 128), dtype))
+        for i in (0.5, 1.5):
+            g = jnp.full((64, 128), i, dtype)
+            updates, state = jax.jit(tx.update)(g, state)
+        assert updates.dtype == dtype
+        np.testing.assert_allclose(float(jnp.max(updates)), 1, rtol=2**-22)
+
+
 @pytest.mark.parametrize("every", [0, -1])
 def test_every_is_at_least_one(every):
     with pytest.raises(ValueError, match=f"`every` must be at least 1, got {every}"):
