@@ -8,7 +8,7 @@ Where a compiler gives other bits to a gradient, no bound on parameters follows:
 may select another entry. So nothing but equality passes.
 
 For rounding at random XLA must not skip the rounding of an update to bfloat16, which it
-does by default where it fuses the update with what adds it: programs would differ in that.
+does by default where it fuses the update with what adds it: programs would differ there.
 """
 
 import argparse
