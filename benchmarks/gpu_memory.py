@@ -12,11 +12,10 @@ not run. With `--only` just the rows whose line has that text; others stay as th
 
 import argparse
 import functools
-import itertools
 import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -29,93 +28,37 @@ from jax.sharding import NamedSharding, PartitionSpec
 import kernels
 from common import report
 from gpu import with_float32_state
-from microadam_optax import layerwise, microadam
-from microadam_optax.planner.models import shapes_of
-from microadam_optax.planner.sizes import MODELS as SIZES
-from peak_memory import CONFIG, block, cross_entropy, normalized, of_layer
+from gpu_steps import MODELS, Model, by_layer, init, ordinary, shapes
+from microadam_optax import accumulate, microadam
+from microadam_optax.memory import array_bytes
 
+FILE = pathlib.Path(__file__).parent / "results" / "gpu_memory.json"
 RATE = 1e-3  # plays no part in what is held
-EVERY = 4  # micro-batches of `optax.MultiSteps`
-Params = dict[str, Any]
-EMBEDDING = "embed/embedding"
-LAYERS = "num_hidden_layers"
-LARGER = CONFIG | {
-    "hidden_size": 2048,
-    "intermediate_size": 5504,
-    LAYERS: 32,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "vocab_size": 32000,
-}
-SMALLER = LARGER | {
-    "hidden_size": 1280,
-    "intermediate_size": 3456,
-    LAYERS: 24,
-    "num_attention_heads": 10,
-    "num_key_value_heads": 10,
-}
-HEAD = 128  # the width of one, in all models
-BY_LAYER = "MicroAdam, layer by layer"
+EVERY = 4  # micro-batches to a step, where they are accumulated
+LARGEST = "Llama-2-7B"  # where a row of each kind is enough
+DTYPES = ("bfloat16", "float32")
+IN_LAYERS = ", layer by layer"
+NONE, MULTI_STEPS, ACCUMULATE = "", "MultiSteps", "accumulate"
 
 
-class Model(NamedTuple):
-    """A model, and the tokens of a batch."""
+class Case(NamedTuple):
+    """A row: what is trained, and how."""
 
-    config: dict
-    batch: int
-    length: int
+    model: str
+    dtype: str
+    optimizer: str
+    accumulation: str
 
+    @property
+    def line(self) -> str:
+        """What it is called in the results."""
+        more = f", {self.accumulation}" if self.accumulation else ""
+        return f"{self.model} {self.dtype} {self.optimizer}{more}"
 
-MODELS = {
-    "1.7B": Model(LARGER, 4, 512),
-    "0.5B": Model(SMALLER, 4, 512),
-    "Llama-2-7B": Model(CONFIG | SIZES["llama2-7b"], 1, 2048),
-}
-
-
-def shapes(config: dict, dtype: Any) -> Params:
-    """Of all layers stacked, and of the rest."""
-    found = shapes_of(config | {LAYERS: 1})
-    layer = of_layer(found, 0)
-    rest = {name: shape for name, shape in found.items() if "layers/" not in name}
-    stacked = {name: (config[LAYERS], *shape) for name, shape in layer.items()}
-    return {
-        kind: {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in of.items()}
-        for kind, of in {"layers": stacked, "rest": rest}.items()
-    }
-
-
-def mean_loss(params: Params, tokens: jax.Array) -> jax.Array:
-    rest = params["rest"]
-    one = jax.checkpoint(functools.partial(block, head=HEAD))
-    x = rest[EMBEDDING][tokens[:, :-1]]
-    x, _ = jax.lax.scan(lambda x, layer: (one(x, layer), None), x, params["layers"])
-    return head_loss(rest, x, tokens)
-
-
-def head_loss(rest: dict[str, jax.Array], x: jax.Array, tokens: jax.Array) -> jax.Array:
-    logits = normalized(x, rest["norm/scale"]) @ rest["head/kernel"]
-    return cross_entropy(logits, tokens)
-
-
-def ordinary(tx: Any, params: Params, state: Any, tokens: jax.Array) -> Any:
-    loss, gradients = jax.value_and_grad(mean_loss)(params, tokens)
-    updates, state = tx.update(gradients, state, params)
-    return optax.apply_updates(params, updates), state, loss
-
-
-def by_layer(tx: Any, params: Params, state: Any, tokens: jax.Array) -> Any:
-    rest, state = params["rest"], dict(state)
-    embedded, pull = jax.vjp(lambda table: table[tokens[:, :-1]], rest[EMBEDDING])
-    y, backward = layerwise.vjp(
-        lambda layer, x: block(x, layer, head=HEAD), params["layers"], embedded
-    )
-    of_head = jax.value_and_grad(head_loss, (0, 1))
-    loss, (gradients, dy) = of_head(rest, y, tokens)
-    dx, layers, state["layers"] = backward(dy, state["layers"], tx)
-    gradients |= {EMBEDDING: pull(dx)[0]}
-    updates, state["rest"] = tx.update(gradients, state["rest"], rest)
-    return {"layers": layers, "rest": optax.apply_updates(rest, updates)}, state, loss
+    @property
+    def step(self) -> Callable:
+        """The training step."""
+        return by_layer if IN_LAYERS in self.optimizer else ordinary
 
 
 def transformations() -> dict[str, optax.GradientTransformation]:
@@ -125,41 +68,75 @@ def transformations() -> dict[str, optax.GradientTransformation]:
     return {
         "optax.adamw": optax.adamw(RATE),
         "optax.adamw, float32 moments": with_float32_state(optax.adamw(RATE)),
+        f"optax.adamw{IN_LAYERS}": optax.adamw(RATE),
         "optax.adafactor": optax.adafactor(RATE),
         "optax.lion": optax.lion(RATE),
         "optax.contrib.galore": optax.contrib.galore(RATE),
         "MicroAdam": ours(),
         "MicroAdam (1, 25 %)": ours(window=1, density=0.25),
         'MicroAdam, implementation="xla"': ours(implementation="xla"),
-        BY_LAYER: ours(),
+        f"MicroAdam{IN_LAYERS}": ours(),
     }
 
 
-def compile_step(device: Any, model: Model, dtype: Any, tx: Any, how: Callable) -> Any:
+def accumulations(optimizer: str) -> tuple[str, ...]:
+    """How micro-batches can be accumulated with it."""
+    own = (ACCUMULATE,) if "MicroAdam" in optimizer else ()
+    return (NONE, *own) if IN_LAYERS in optimizer else (NONE, MULTI_STEPS, *own)
+
+
+def cases() -> Iterator[Case]:
+    """All that is measured: of the largest model what others show, too, is left out."""
+    for model in MODELS:
+        for dtype in DTYPES:
+            if (model, dtype) == (LARGEST, "float32"):
+                continue
+            for optimizer in transformations():
+                for accumulation in accumulations(optimizer):
+                    yield Case(model, dtype, optimizer, accumulation)
+
+
+def transformation(case: Case) -> Any:
+    """The optimizer, with what accumulates around it."""
+    tx = transformations()[case.optimizer]
+    if case.accumulation == MULTI_STEPS:
+        return optax.MultiSteps(tx, EVERY).gradient_transformation()
+    return accumulate(tx, EVERY) if case.accumulation else tx
+
+
+def compile_step(device: Any, model: Model, dtype: Any, tx: Any, step: Callable) -> Any:
     """The donated step, compiled for a device."""
     whole = NamedSharding(
         jax.sharding.Mesh(np.array([device]), ("device",)), PartitionSpec()
     )
-    step = jax.jit(
-        functools.partial(how, tx),
+    jitted = jax.jit(
+        functools.partial(step, tx),
         donate_argnums=(0, 1),
         in_shardings=whole,
         out_shardings=whole,
     )
     params = shapes(model.config, dtype)
-    state = jax.eval_shape(tx.init, params)
-    if how is by_layer:
-        state = {kind: jax.eval_shape(tx.init, own) for kind, own in params.items()}
+    state = jax.eval_shape(lambda params: init(tx, params, step), params)
     tokens = jax.ShapeDtypeStruct((model.batch, model.length + 1), jnp.int32)
-    return step.trace(params, state, tokens).lower().compile()
+    return jitted.trace(params, state, tokens).lower().compile()
 
 
-def account(compiled: Any, config: dict, dtype: Any) -> dict[str, float]:
+def gradient_bytes(params: Any, step: Callable) -> float:
+    """Of the gradients that exist together; they are among the temporary memory."""
+    if step is not by_layer:
+        return array_bytes(params)
+    layers = params["layers"]
+    count = next(iter(layers.values())).shape[0]
+    return array_bytes(params["rest"]) + array_bytes(layers) / count
+
+
+def account(compiled: Any, params: Any, step: Callable) -> dict[str, float]:
     """Bytes a parameter, at the peak."""
-    found, leaves = compiled.memory_analysis(), jax.tree.leaves(shapes(config, dtype))
-    number = sum(x.size for x in leaves)
+    found = compiled.memory_analysis()
+    number = sum(leaf.size for leaf in jax.tree.leaves(params))
     held = {
-        "parameters": sum(x.size * x.dtype.itemsize for x in leaves),
+        "parameters": array_bytes(params),
+        "gradients": gradient_bytes(params, step),
         "arguments": found.argument_size_in_bytes,
         "outputs_beside": found.output_size_in_bytes - found.alias_size_in_bytes,
         "temporary": found.temp_size_in_bytes,
@@ -167,6 +144,18 @@ def account(compiled: Any, config: dict, dtype: Any) -> dict[str, float]:
     peak = held["arguments"] + held["outputs_beside"] + held["temporary"]
     each = {name: x / number for name, x in (held | {"peak": peak}).items()}
     return {"number": number, **each}
+
+
+def measure(case: Case, device: Any) -> dict[str, Any]:
+    """A row of the results."""
+    model, began = MODELS[case.model], time.process_time()
+    tx = transformation(case)
+    compiled = compile_step(device, model, case.dtype, tx, case.step)
+    spent = time.process_time() - began
+    held = account(compiled, shapes(model.config, case.dtype), case.step)
+    every = EVERY if case.accumulation else 1
+    row = {"line": case.line, **case._asdict(), "every": every, **held}
+    return row | {"compile_cpu_seconds": spent}
 
 
 def main() -> None:
@@ -177,34 +166,14 @@ def main() -> None:
     made = topologies.get_topology_desc(
         "", "cuda", target_config=kernels.H200, topology="1x1x1"
     )
-    path = pathlib.Path(__file__).parent / "results" / "gpu_memory.json"
-    rows = {}
-    if path.exists():
-        rows = {row["line"]: row for row in json.loads(path.read_text())["rows"]}
-    cases = itertools.product(
-        MODELS, ("bfloat16", "float32"), transformations(), (1, EVERY)
-    )
-    for name, dtype, title, every in cases:
-        if every > 1 and (title == BY_LAYER or name == "Llama-2-7B"):
-            continue
-        line = f"{name} {dtype} {title}" + ", MultiSteps" * (every > 1)
-        if args.only in line:
-            tx = transformations()[title]
-            if every > 1:
-                tx = optax.MultiSteps(tx, every).gradient_transformation()
-            began = time.process_time()
-            how = by_layer if title == BY_LAYER else ordinary
-            compiled = compile_step(made.devices[0], MODELS[name], dtype, tx, how)
-            spent = {"compile_cpu_seconds": time.process_time() - began}
-            row = {"line": line, "model": name, "dtype": dtype, "optimizer": title}
-            row |= {
-                "every": every,
-                **account(compiled, MODELS[name].config, dtype),
-                **spent,
-            }
-            rows[line] = row
-            print(f"{line}: {row['peak']:.2f} bytes a parameter", flush=True)
-            report("gpu_memory", {"rows": list(rows.values())})
+    kept = json.loads(FILE.read_text())["rows"] if FILE.exists() else []
+    rows = {row["line"]: row for row in kept}
+    for case in cases():
+        if args.only in case.line:
+            row = rows[case.line] = measure(case, made.devices[0])
+            print(f"{case.line}: {row['peak']:.2f} bytes a parameter", flush=True)
+            ordered = [rows[x.line] for x in cases() if x.line in rows]
+            report("gpu_memory", {"rows": ordered})
 
 
 if __name__ == "__main__":

@@ -6,18 +6,24 @@ What stands between two marks, `<!-- name -->` and `<!-- end name -->`, is repla
 text around them is written by hand.
 """
 
-import json
 import math
-import pathlib
-import re
+
+from gpu_memory_tables import (
+    BARS,
+    LAYER_BY_LAYER,
+    gpu_peak_table,
+    layerwise_table,
+    llama_figure,
+    llama_peaks,
+    parts_figure,
+)
+from pages import ROOT, fill, load, measured_on, table
 
 # Of an H200, by its data sheet, and what (10, 1 %) moves for a bfloat16 parameter: its
 # gradient, codes and range in and out, its share of the window in and of a slot out.
 CORES, ISSUED, CLOCK, MEMORY = 132, 4, 1.98e9, 4.8e12
 LEAST = 2 * (2 + 1 / 2 + 4 / 256) + 27 * 3 / 256 * (1 + 1 / 9)
-ROOT = pathlib.Path(__file__).parents[1]
 ADAM, DEFAULT, PAPER = "optax.adamw", "(2, 6 %)", "(10, 1 %), all compressed"
-CARDS_GB = (16, 24, 40, 80, 141)
 SHOWN = {  # in README: the names in memory.json, peak_memory.json and gpu_memory.json
     ADAM: ("Adam", ADAM, ADAM),
     "optax.adafactor": ("Adafactor", "", "optax.adafactor"),
@@ -26,34 +32,6 @@ SHOWN = {  # in README: the names in memory.json, peak_memory.json and gpu_memor
     "MicroAdam (1, 25 %)": ("(1, 25 %)", *["MicroAdam (1, 25 %)"] * 2),
     "MicroAdam (10, 1 %), the paper's": (PAPER, f"MicroAdam {PAPER}", ""),
 }
-
-
-def load(name: str) -> dict:
-    file = ROOT / "benchmarks" / "results" / f"{name}.json"
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    # No line ends within a figure or a setting.
-    text = re.sub(r"\((\d+), (\d+) %\)", "(\\1,\u00a0\\2\u00a0%)", text)
-    return text.replace(" %", "\u00a0%").replace(" ± ", "\u00a0±\u00a0")
-
-
-def fill(text: str, name: str, content: str) -> str:
-    """Replaces what stands between the marks of that name."""
-    begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
-    pattern = re.escape(begin) + ".*?" + re.escape(end)
-    return re.sub(pattern, lambda _: f"{begin}\n{content}\n{end}", text, flags=re.DOTALL)
-
-
-def measured_on(results: dict) -> str:
-    on = results["machine"]
-    return (
-        f"{on['processor']}, jax {on['jax']}, optax {on['optax']}, Python "
-        f"{on['python']}; `{on['command']}`"
-    )
 
 
 def readme_memory_table() -> str:
@@ -209,39 +187,6 @@ def parts_table(results: dict) -> str:
         + [f"{row['total']:.2f}"]
         for row in results["rows"]
     ]
-    return f"{table(header, rows)}\n\n{measured_on(results)}."
-
-
-def gpu_peak_table(results: dict, dtype: str = "bfloat16") -> str:
-    """Bytes a parameter of a whole step on a GPU, a table for each model."""
-    header = ["optimizer", "parameters", "and state", "temporary", "peak", "MultiSteps"]
-    found, tables = {row["line"]: row for row in results["rows"]}, []
-    for model in dict.fromkeys(row["model"] for row in results["rows"]):
-        rows, number = [], 0
-        for row in results["rows"]:
-            if (row["model"], row["dtype"], row["every"]) != (model, dtype, 1):
-                continue
-            number = row["number"]
-            parts = ("parameters", "arguments", "temporary", "peak")
-            figures = [f"{row[x]:.2f}" for x in parts]
-            more = found.get(f"{row['line']}, MultiSteps")
-            rows.append(
-                [row["optimizer"], *figures, f"{more['peak']:.2f}" if more else ""]
-            )
-        tables.append(f"{table(header, rows)}\n\n{number:,} {dtype} parameters.")
-    return "\n\n".join([*tables, f"Compiled for an H200: {measured_on(results)}."])
-
-
-def layerwise_table(results: dict, model: str = "Llama-2-7B") -> str:
-    """Peaks of a step of a model, and the least card that they fit."""
-    rows = []
-    for row in results["rows"]:
-        if (row["model"], row["dtype"], row["every"]) == (model, "bfloat16", 1):
-            held = row["peak"] * row["number"] / 1e9
-            card = next((size for size in CARDS_GB if held <= size), None)
-            figures = [f"{row['peak']:.2f}", f"{held:.1f} GB"]
-            rows.append([row["optimizer"], *figures, f"{card} GB" if card else "none"])
-    header = ["optimizer", "bytes a parameter at the peak", "in all", "fits a card of"]
     return f"{table(header, rows)}\n\n{measured_on(results)}."
 
 
@@ -452,7 +397,13 @@ def overview() -> dict[str, str]:
     state = load("memory")["state_bytes_a_parameter"]["Llama-2-7B"]
     step = load("step_time")
     ratio = ", ".join(f"{x:.2f} ({size})" for size, x in ratios(step)[DEFAULT].items())
+    peaks = {x.name: x for x in llama_peaks(load("gpu_memory"))}
+    least, adamw = (peaks[x].gigabytes for x in (LAYER_BY_LAYER, BARS[ADAM]))
     return {
+        "llama": f"**A whole training step of Llama-2-7B takes {least:.1f} GB**, where "
+        f"AdamW's takes {adamw:.1f}, both in bfloat16, by XLA's account for an H200 that "
+        "was not there ([layer by layer](layerwise.md)):\n\n"
+        + llama_figure(load("gpu_memory"), "images"),
         "bytes": f"**{state[DEFAULT]:.3f} bytes of state a parameter**, where Adam has "
         f"{state['Adam']:.0f} ([memory](memory.md)):",
         "times": f"**A step takes {ratio} times as long as with `optax.adamw`**, on a "
@@ -463,18 +414,23 @@ def overview() -> dict[str, str]:
 def sections() -> dict[str, dict[str, str]]:
     """What belongs between the marks of each page."""
     memory, step, meshes = map(load, ("memory", "step_time", "sharding"))
-    kernels = load("kernels")
+    kernels, gpu_memory = load("kernels"), load("gpu_memory")
     return {
-        "README.md": {"memory": readme_memory_table(), "speed": readme_speed_table()},
+        "README.md": {
+            "llama": llama_figure(gpu_memory, "docs/images"),
+            "memory": readme_memory_table(),
+            "speed": readme_speed_table(),
+        },
         "docs/index.md": overview(),
         "docs/memory.md": {
             "state": state_table(memory),
             "peak": peak_table(load("peak_memory")),
             "resident": resident_table(load("resident_memory")),
-            "gpu peak": gpu_peak_table(load("gpu_memory")),
+            "gpu parts": parts_figure(gpu_memory, "images"),
+            "gpu peak": gpu_peak_table(gpu_memory),
             "temporary": temporary_table(memory),
         },
-        "docs/layerwise.md": {"layerwise": layerwise_table(load("gpu_memory"))},
+        "docs/layerwise.md": {"layerwise": layerwise_table(gpu_memory)},
         "docs/compile_time.md": {
             "compile": compile_table(load("compile_time")),
             "compile without numba": compile_table(load("compile_time_xla")),

@@ -18,6 +18,7 @@ import microadam_optax
 import report
 import report_reliability
 import study
+import tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -161,6 +162,12 @@ def test_docs_have_the_tables_of_the_results(name, steps):
         assert text.strip() == "Not run yet."
     else:
         assert f"{steps:,} steps" not in text
+
+
+@pytest.mark.parametrize("page", tables.sections())
+def test_docs_have_the_tables_of_the_benchmarks(page):
+    for name, content in tables.sections()[page].items():
+        assert section(ROOT / page, name) == content, name
 
 
 @pytest.mark.parametrize("name", report_reliability.SECTIONS)

@@ -52,6 +52,8 @@ ADAM = "tests/test_adam.py::test_density_1_within_the_window_is_adam"
 LIMIT = "tests/test_cpu_kernel.py::test_hostile_numbers[float32-2]"
 LAYERS = "tests/test_layerwise.py::test_it_is_the_ordinary_step"
 MICRO = "tests/test_accumulate.py::test_error_takes_up_micro_batches"
+PLANNED = "tests/test_planner_ways.py::test_a_compiled_step"
+OURS = "MicroAdam (2, 6 %), 4 bits"
 DECAY = "tests/test_trees.py::test_weight_decay_and_mask"
 
 MUTATIONS = {
@@ -233,6 +235,24 @@ MUTATIONS = {
         "_chunks.fence((layer, new), always=number >= 0)",
         "(layer, new)",
         "tests/test_layerwise.py::test_nothing_of_the_size_of_the_stack_is_allocated",
+    ),
+    "gradients outside of the layers not planned": Mutation(
+        "planner/ways.py",
+        "return rest | max(",
+        "return max(",
+        "tests/test_planner_ways.py::test_a_plan_layer_by_layer",
+    ),
+    "gradients of a layer not planned": Mutation(
+        "planner/ways.py",
+        "rest | max(layers.values(), key=_number, default={})",
+        "rest",
+        f"{PLANNED}[{OURS}, layer by layer]",
+    ),
+    "MultiSteps planned as accumulate": Mutation(
+        "planner/ways.py",
+        'Way("optax.MultiSteps", wrapper=_multi_steps)',
+        'Way("optax.MultiSteps", wrapper=_accumulate)',
+        "tests/test_planner_ways.py::test_a_plan_with_micro_batches",
     ),
     "the same random numbers in all layers": Mutation(
         "_xla.py",

@@ -1,6 +1,13 @@
-"""The command `microadam-memory`: what a model and its optimizer need on a device."""
+"""The command `microadam-memory`: what a model and its optimizer need on a device.
+
+Parameters, gradients and state are counted, from shapes: activations and temporaries are
+not. Layer by layer, the gradients of one layer exist at a time, beside those of all that
+is in no layer, such as embeddings and head. `optax.MultiSteps` and `accumulate` take a
+step with several micro-batches; what they keep in between counts as state.
+"""
 
 import argparse
+import itertools
 import json
 import math
 import pathlib
@@ -10,6 +17,7 @@ from typing import Any
 from microadam_optax.planner.models import shapes_of
 from microadam_optax.planner.plans import DEVICES_GB, DTYPES, Plan, plan
 from microadam_optax.planner.sizes import MODELS
+from microadam_optax.planner.ways import BY_LAYER, ORDINARY
 
 
 def read_config(model: str) -> dict[str, Any]:
@@ -33,45 +41,61 @@ def read_config(model: str) -> dict[str, Any]:
 
 
 def show(rows: list[Plan], args: argparse.Namespace, number: int) -> None:
-    """Prints what is the same for all rows, and the table of the rest."""
-    from rich import box
+    """Prints what is the same for many rows, and the table of the rest."""
     from rich.console import Console
-    from rich.table import Table
 
     several = args.devices > 1
     a_device = " a device" if several else ""
-    table = Table(
-        box=box.SIMPLE_HEAD, show_edge=False, collapse_padding=True, pad_edge=False
-    )
-    table.add_column(f"GB{a_device}")
-    for name in ("state", "B/param", "sum", "fits in"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        fits = row.fits()
-        table.add_row(
-            row.optimizer,
-            f"{row.state / 1e9:.2f}",
-            f"{row.state * args.devices / number:.3f}",
-            f"{row.sum / 1e9:.2f}",
-            f"{fits[0]} GB" if fits else "none",
-        )
+    gradients = {row.way: f"{row.gradients / 1e9:.2f} GB" for row in rows}
     console = Console(highlight=False)
     title = f"{args.model}: {number:,} parameters, {args.params_dtype}"
     console.print(title + (f", {args.devices} devices" if several else ""), style="bold")
     console.print(
-        f"parameters {rows[0].parameters / 1e9:.2f} GB, "
-        f"gradients {rows[0].gradients / 1e9:.2f} GB{a_device}\n"
+        f"parameters {rows[0].parameters / 1e9:.2f} GB, gradients "
+        f"{gradients[ORDINARY.name]}{a_device}, {gradients[BY_LAYER]} {BY_LAYER}\n"
     )
-    console.print(table)
+    console.print(_table(rows, args.devices, number, f"GB{a_device}"))
     sizes, small = ", ".join(map(str, DEVICES_GB)), "no leaf is dense"
     if args.dense_below:
         small = f"leaves of fewer than {args.dense_below:,} elements are dense"
     console.print(
         "\nMoments have the parameters' dtype, as in optax, unless named. In MicroAdam "
-        f"{small}. B/param is the state's; sum is with parameters and gradients. Fits "
-        f"in: the least of {sizes} GB a device; activations and temporaries come on top.",
+        f"{small}. B/param is the state's, with what MultiSteps and accumulate keep "
+        "between micro-batches; sum is with parameters and gradients, layer by layer "
+        "those of one layer and of what is in none. Fits in: the least of "
+        f"{sizes} GB a device; activations and temporaries come on top.",
         style="dim",
     )
+
+
+def _table(rows: list[Plan], devices: int, number: int, title: str) -> Any:
+    """A part for each way to take a step."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        box=box.SIMPLE_HEAD, show_edge=False, collapse_padding=True, pad_edge=False
+    )
+    table.add_column(title)
+    for name in ("state", "B/param", "sum", "fits in"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for way, of in itertools.groupby(rows, lambda row: row.way):
+        table.add_row(f"[bold]{way}[/bold]")
+        for row in of:
+            table.add_row(*_cells(row, devices, number))
+        table.add_section()
+    return table
+
+
+def _cells(row: Plan, devices: int, number: int) -> list[str]:
+    fits = row.fits()
+    return [
+        row.optimizer,
+        f"{row.state / 1e9:.2f}",
+        f"{row.state * devices / number:.3f}",
+        f"{row.sum / 1e9:.2f}",
+        f"{fits[0]} GB" if fits else "none",
+    ]
 
 
 class _Parser(argparse.ArgumentParser):

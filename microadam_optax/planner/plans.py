@@ -12,7 +12,8 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from microadam_optax._dense import smaller_than
 from microadam_optax._microadam import microadam
 from microadam_optax.memory import array_bytes, optimizer_bytes
-from microadam_optax.planner.models import shapes_of
+from microadam_optax.planner.models import Shapes, shapes_of
+from microadam_optax.planner.ways import WAYS, together
 
 DEVICES_GB = (16, 24, 40, 80, 141)
 GALORE_RANK = 128
@@ -25,6 +26,7 @@ class Plan(NamedTuple):
     """Bytes on one device with one optimizer; activations are not among them."""
 
     optimizer: str
+    way: str
     parameters: int
     gradients: int
     state: int
@@ -85,15 +87,31 @@ def candidates(args: argparse.Namespace) -> list[Candidate]:
 
 
 def plan(config: dict[str, Any], args: argparse.Namespace) -> list[Plan]:
-    """For each optimizer, with everything sharded by the first axis that divides."""
-    counted = Counter(shapes_of(config).values()).items()
-    leaves = [Leaves(shape, _place(shape, args.devices), n) for shape, n in counted]
+    """For each way and optimizer, all sharded by the first axis that divides."""
+    shapes, dtype = shapes_of(config), args.gradients_dtype or args.params_dtype
+    leaves = _leaves(shapes, args.devices)
     parameters = _weights(leaves, args.params_dtype)
-    gradients = _weights(leaves, args.gradients_dtype or args.params_dtype)
-    return [
-        Plan(row.name, parameters, gradients, _state(leaves, row))
-        for row in candidates(args)
+    gradients = [
+        _weights(_leaves(together(shapes, by_layer), args.devices), dtype)
+        for by_layer in (False, True)
     ]
+    return [
+        Plan(
+            row.name,
+            way.name,
+            parameters,
+            gradients[way.by_layer],
+            _state(leaves, row._replace(tx=way.wrapper(row.tx))),
+        )
+        for way in WAYS
+        for row in candidates(args)
+        if row.name.startswith(way.optimizers)
+    ]
+
+
+def _leaves(shapes: Shapes, devices: int) -> list[Leaves]:
+    counted = Counter(shapes.values()).items()
+    return [Leaves(shape, _place(shape, devices), n) for shape, n in counted]
 
 
 def _place(shape: Shape, devices: int) -> NamedSharding:
