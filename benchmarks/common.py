@@ -39,10 +39,13 @@ def machine() -> dict[str, str]:
     }
 
 
-def report(name: str, results: dict, folder: str | None = None) -> None:
+def report(
+    name: str, results: dict, folder: str | None = None, say: bool = True
+) -> None:
     """Writes NAME.json, with the machine it was measured on, to benchmarks/results."""
     own = pathlib.Path(__file__).parent / "results"
     path = pathlib.Path(folder or own) / f"{name}.json"
     path.parent.mkdir(exist_ok=True, parents=True)
     path.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")
-    print(f"written: {path.parent.name}/{path.name}")
+    if say:
+        print(f"written: {path.parent.name}/{path.name}")

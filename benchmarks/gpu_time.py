@@ -1,0 +1,247 @@
+"""How long a step of the optimizer takes on the GPU that is here, beside its peers."""
+
+import functools
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from common import SETTINGS
+from gpu_check import kernel_here
+from microadam_optax import microadam
+from microadam_optax.memory import array_bytes
+
+WIDTHS = {"1e9": (4096, 11008, 5), "1e8": (2048, 5504, 2)}  # embed, MLP, layers
+DECAY = 1e-4  # optax.adamw's default
+FIRST = "optax.adamw, float32 state"
+KERNELS = tuple(f"MicroAdam {name}, kernel" for name in SETTINGS)
+XLA = tuple(f"MicroAdam {name}, XLA" for name in SETTINGS)
+BLOCKS_64 = "MicroAdam (1, 4 %), blocks of 64, kernel"
+OTHERS = ("optax.adafactor", "optax.lion")
+GALORE = ("optax.contrib.galore", "optax.contrib.galore, projecting")
+ADAMW = (FIRST, "optax.adamw")
+
+
+class Case(NamedTuple):
+    """What is timed."""
+
+    size: str
+    dtype: str
+    stacked: bool
+    apply: bool
+    name: str
+
+
+def cases(tiny: bool = False) -> list[Case]:
+    """The most wanted first."""
+    if tiny:
+        return [
+            Case("tiny", "bfloat16", *x)
+            for x in itertools.product((True, False), (True, False), (FIRST, *KERNELS))
+        ]
+    groups = [
+        ("1e9", "bfloat16", True, True, (*ADAMW, *KERNELS, BLOCKS_64, *OTHERS, *XLA)),
+        ("1e9", "bfloat16", True, False, (*ADAMW, *KERNELS)),
+        ("1e9", "float32", True, True, (*ADAMW, *KERNELS, XLA[0])),
+        ("1e9", "bfloat16", False, True, (FIRST, *KERNELS)),
+        ("1e8", "bfloat16", True, True, (*ADAMW, *KERNELS, *GALORE)),
+        ("1e8", "float32", True, True, (FIRST, *KERNELS)),
+    ]
+    return [Case(*g[:4], name) for g in groups for name in g[4]]
+
+
+def llama_like(
+    embed: int, mlp: int, layers: int, stacked: bool = True
+) -> list[tuple[int, ...]]:
+    """Layers stacked, as they are for a scan over them, nine leaves; or one by one."""
+    layer = [(embed, embed)] * 4 + [(embed, mlp)] * 2 + [(mlp, embed)] + [(embed,)] * 2
+    if stacked:
+        return [(layers, *shape) for shape in layer]
+    return [tuple(shape) for shape in layer] * layers
+
+
+def with_float32_state(tx: optax.GradientTransformation):
+    """optax's own moments have the dtype of the parameters."""
+
+    def init(params):
+        return tx.init(optax.tree.cast(params, jnp.float32))
+
+    def update(updates, state, params):
+        new, state = tx.update(updates, state, params)
+        return jax.tree.map(lambda x, like: x.astype(like.dtype), new, updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def peers() -> dict[str, optax.GradientTransformation]:
+    own = functools.partial(microadam, 1e-3, weight_decay=DECAY)
+    table = {
+        FIRST: with_float32_state(optax.adamw(1e-3)),
+        "optax.adamw": optax.adamw(1e-3),
+        "optax.adafactor": optax.adafactor(1e-3),
+        "optax.lion": optax.lion(1e-3),
+    }
+    for names, implementation in ((KERNELS, kernel_here()), (XLA, "xla")):
+        for name, settings in zip(names, SETTINGS.values(), strict=True):
+            table[name] = own(**settings, implementation=implementation)
+    small = {"window": 1, "density": 0.04, "block_size": 64}
+    table[BLOCKS_64] = own(**small, implementation=kernel_here())
+    # Its projections are singular value decompositions: never after the first, or always.
+    for name, gap in zip(GALORE, (10**9, 1), strict=True):
+        table[name] = optax.contrib.galore(1e-3, update_proj_gap=gap)
+    return table
+
+
+def moved_bytes(state: Any, params: Any) -> int:
+    """The least that a step moves: gradients, parameters and state are read once.
+
+    And the state is written, and the update, or the parameters it is applied to.
+    """
+    total = 3 * array_bytes(params)
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        size = x.size * x.dtype.itemsize
+        windowed = {"indices", "values"} & {getattr(key, "name", None) for key in path}
+        total += size if windowed else 2 * size  # of a window, one slot is written
+    return total
+
+
+def step(tx: Any, apply: bool, params: Any, gradients: Any, state: Any) -> Any:
+    updates, state = tx.update(gradients, state, params)
+    if apply:
+        return optax.apply_updates(params, updates), None, state
+    return params, updates, state
+
+
+def compile_step(tx: Any, apply: bool, shapes: list, dtype: str) -> tuple[Any, dict]:
+    """The step, all donated, and what it holds by the compiler's account."""
+    leaves = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    state = jax.eval_shape(tx.init, leaves)
+    jitted = jax.jit(functools.partial(step, tx, apply), donate_argnums=(0, 1, 2))
+    compiled = jitted.lower(leaves, leaves, state).compile()
+    memory = compiled.memory_analysis()
+    peak = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+    row = {"least_bytes": moved_bytes(state, leaves), "state_bytes": array_bytes(state)}
+    row |= {"temporary_bytes": memory.temp_size_in_bytes, "peak_bytes": peak}
+    return compiled, row
+
+
+def made(shapes: list, dtype: str) -> list[jax.Array]:
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    make = jax.jit(
+        lambda key, shape: 0.01 * jax.random.normal(key, shape, dtype), static_argnums=1
+    )
+    return [make(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def seconds(compiled: Any, params: Any, gradients: Any, state: Any, steps: int) -> tuple:
+    """Of one of several steps in a row, each with gradients of its own to overwrite."""
+    copies = [jax.tree.map(jnp.copy, gradients) for _ in range(steps)]
+    jax.block_until_ready((copies, params, state))
+    began = time.perf_counter()
+    for copy in copies:
+        params, updates, state = compiled(params, copy, state)
+    jax.block_until_ready((params, updates, state))
+    return (time.perf_counter() - began) / steps, [params, state]
+
+
+def measure(tx: Any, compiled: Any, gradients: list, steps: int) -> dict[str, float]:
+    params = jax.tree.map(jnp.copy, gradients)
+    state = jax.jit(tx.init)(params)
+    times = []
+    for _ in range(4):  # the first warms up
+        time_of_step, (params, state) = seconds(compiled, params, gradients, state, steps)
+        times.append(time_of_step)
+    return {"seconds": statistics.median(times[1:]), "slowest": max(times[1:])}
+
+
+def copy_bandwidth(size: int, steps: int) -> float:
+    """Bytes read and written a second by a copy of float32 numbers."""
+    x = jax.random.normal(jax.random.key(0), (size // 4,))
+    copy = jax.jit(lambda x: -x, donate_argnums=0)
+    x = jax.block_until_ready(copy(x))
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        for _ in range(steps):
+            x = copy(x)
+        jax.block_until_ready(x)
+        times.append((time.perf_counter() - began) / steps)
+    return 2 * x.size * 4 / statistics.median(times)
+
+
+def line(row: dict[str, Any]) -> str:
+    kind = f"{'stacked' if row['stacked'] else 'leaves'} "
+    kind += "applied" if row["apply"] else "alone"
+    return (
+        f"{row['size']} {row['dtype']:8} {kind:15} {row['name']:40} "
+        f"{row['seconds'] * 1e3:8.3f} ms {row['bytes_a_second'] / 1e9:5.0f} GB/s "
+        f"{row['ratio_to_adamw']:5.2f} x adamw {row['ratio_to_copy']:5.2f} x copy "
+        f"{row['peak_bytes'] / 1e9:6.2f} GB"
+    )
+
+
+def prepare(case: Case) -> Any:
+    """Its compiled step, or why there is none."""
+    widths = WIDTHS.get(case.size, (64, 256, 1))
+    shapes = llama_like(*widths, stacked=case.stacked)
+    try:
+        return compile_step(peers()[case.name], case.apply, shapes, case.dtype)
+    except Exception as error:  # of one peer: the others go on
+        return f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def run(
+    enough: Callable[[], bool], keep: Callable, threads: int, tiny: bool = False
+) -> None:
+    """Compiles all in threads, then times one after the other; keeps all rows so far."""
+    steps = 2 if tiny else 10
+    copy = copy_bandwidth(2**16 if tiny else 2**32, steps)
+    print(f"copy: {copy / 1e9:.0f} GB/s", flush=True)
+    rows: list[dict[str, Any]] = []
+    began = time.monotonic()
+    with ThreadPoolExecutor(threads) as pool:
+        listed = cases(tiny)
+        prepared = dict(zip(listed, pool.map(prepare, listed), strict=True))
+    print(f"{len(listed)} programs compiled in {time.monotonic() - began:.0f} s")
+    adamw: dict[tuple, float] = {}
+    kept: tuple[Any, list] = (None, [])
+    for case in listed:
+        if enough():
+            print("time is over")
+            return
+        if isinstance(prepared[case], str):
+            rows.append({**case._asdict(), "failed": prepared[case]})
+            print(f"{case}: {prepared[case]}")
+            continue
+        kind = case[:3]
+        if kept[0] != kind:
+            kept = (None, [])
+            shapes = llama_like(*WIDTHS.get(case.size, (64, 256, 1)), case.stacked)
+            kept = (kind, made(shapes, case.dtype))
+        compiled, row = prepared.pop(case)
+        try:
+            row = row | measure(peers()[case.name], compiled, kept[1], steps)
+        except Exception as error:  # such as out of memory
+            rows.append({**case._asdict(), "failed": f"{error}"[:200]})
+            print(f"{case}: {error}"[:300])
+            continue
+        adamw.setdefault(case[:4], row["seconds"])  # with float32 state
+        row["parameters"] = sum(map(math.prod, (x.shape for x in kept[1])))
+        row["ratio_to_adamw"] = row["seconds"] / adamw[case[:4]]
+        row["bytes_a_second"] = row["least_bytes"] / row["seconds"]
+        row["ratio_to_copy"] = copy / row["bytes_a_second"]
+        rows.append({**case._asdict(), **row})
+        print(line(rows[-1]), flush=True)
+        keep({"copy_bytes_a_second": copy, "rows": rows})
