@@ -23,7 +23,8 @@ from microadam_optax._state import Settings
 _BLOCK, _SELECTED, _ENTRIES = 256, 64, 128  # the largest that a kernel takes
 _DTYPES = ("float32", "bfloat16", "float16")
 _INFINITY = 0x7F800000
-_MAGIC = 1 << 23  # added to a small whole number, shows it in the float's last bits
+_BITS_OF_MAGIC = 0x4B000000
+_MAGIC = float(1 << 23)  # added to a small whole number, shows it in the last bits
 
 
 class Rows(NamedTuple):
@@ -108,8 +109,13 @@ def reason_against(layout: Layout, dtype: Any, settings: Settings) -> str | None
     return next((text for text, exceeded in limits.items() if exceeded), None)
 
 
+def nearest(x: jax.Array, step: jax.Array) -> jax.Array:
+    """``floor(x / step + 1 / 2)``."""
+    return _quantize.multiple(x, step, 0.5)[0]
+
+
 def quantize(
-    rest: list[jax.Array], bits: int
+    rest: list[jax.Array], bits: int, whole: Callable = nearest
 ) -> tuple[list[jax.Array], tuple[jax.Array, jax.Array]]:
     """Bytes, and the step and the code of zero.
 
@@ -125,12 +131,9 @@ def quantize(
     step = round_to((high + below) * jnp.float32(_quantize.ABOVE / top), 7)
     step = jnp.where(step < _quantize.SMALLEST, 0, step)
     finite = (step > 0) & (step < jnp.inf)
-    zero = 0 - jnp.where(finite, _quantize.multiple(0 - below, step, 0.5)[0], 0)
+    zero = 0 - jnp.where(finite, whole(0 - below, step), 0)
     kept = jnp.where(finite, top, 0)  # of the bits of a code
-    shown = []
-    for x in rest:
-        code = _quantize.multiple(x, step, 0.5)[0] + zero
-        shown.append(bits_of(code + _MAGIC) & kept)
+    shown = [bits_of((whole(x, step) + zero) + _MAGIC) & kept for x in rest]
     number = len(rest) * bits // 8  # of bytes that a row has at one lane
     bytes_ = shown[:number]
     for part, code in enumerate(shown[number:], number):
@@ -142,7 +145,13 @@ def quantize(
 def dequantize(
     byte: jax.Array, part: int | jax.Array, step: jax.Array, zero: jax.Array, bits: int
 ) -> jax.Array:
-    code = (byte.astype(jnp.int32) >> (bits * part)) & (2**bits - 1)
+    """``(code - zero) * step``; the code of a static part is not shifted: step is."""
+    byte = byte.astype(jnp.int32)
+    if isinstance(part, int):
+        lowest = 1 << (bits * part)
+        code = float_of((byte & ((2**bits - 1) * lowest)) | _BITS_OF_MAGIC)
+        return (code - (_MAGIC + zero * lowest)) * (step * (1 / lowest))
+    code = (byte >> (bits * part)) & (2**bits - 1)
     return (code.astype(jnp.float32) - zero) * step
 
 
@@ -182,8 +191,14 @@ def round_to(x: jax.Array, mantissa: int) -> jax.Array:
 
 
 def magnitude(x: jax.Array) -> jax.Array:
-    """int32 in the order of ``|x|``, NaN highest; one more is still an int32."""
-    return jnp.minimum(bits_of(x) & 0x7FFFFFFF, 0x7FFFFFFE)
+    """int32 in the order of ``|x|``, NaN highest."""
+    return bits_of(x) & 0x7FFFFFFF
+
+
+def tame(x: jax.Array) -> jax.Array:
+    """Bounded as in `_step`; of NaN all but the one above whose magnitude is none."""
+    x = _moments.bounded(x)
+    return jnp.where(magnitude(x) == 0x7FFFFFFF, float_of(bits_of(x) - 1), x)
 
 
 def bits_of(x: jax.Array) -> jax.Array:

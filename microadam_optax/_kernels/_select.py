@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from microadam_optax._kernels._rows import bits_of, each, float_of, magnitude, reduce
+from microadam_optax._kernels._rows import bits_of, each, float_of, reduce
 
 ONE_BY_ONE = 4  # up to here the k largest are found so
 NOWHERE = 1 << 20  # a position that no row has
@@ -31,20 +31,24 @@ class Chosen(NamedTuple):
 
 def largest(
     accumulated: list[jax.Array],
+    keys: list[jax.Array],
+    top: jax.Array,
     positions: list[jax.Array],
-    real: list[jax.Array],
     k: int,
 ) -> Chosen:
-    """Marks the k largest magnitudes of each row among its real elements."""
-    keys = each(lambda x, mask: jnp.where(mask, magnitude(x), -1), accumulated, real)
+    """Marks the k largest keys of each row, and of equal ones the first.
+
+    A key is the magnitude of an element, or -1 where there is no element; the largest
+    of a row is `top`.
+    """
     if k == 0:
-        none = reduce(jnp.maximum, jnp.max, keys) + 1
+        none = top + 1
         return Chosen([key >= none for key in keys], none, none, [])
     if k > ONE_BY_ONE:
-        return _bisect(keys, positions, k)
+        return _bisect(keys, top, positions, k)
     # Position and sign in one number, so that one reduction finds both.
     signed = each(lambda x, i: 2 * i + _negative(bits_of(x)), accumulated, positions)
-    found = []
+    found, given = [], keys
     for _ in range(k):
         kth = reduce(jnp.maximum, jnp.max, keys)
         ties = [
@@ -57,60 +61,72 @@ def largest(
             jnp.where(i == last, -1, key) for key, i in zip(keys, positions, strict=True)
         ]
         found.append((last, float_of(kth | (lowest << 31))))
-    return Chosen(each(lambda m, key: m & (key < 0), real, keys), kth, last, found)
+    return Chosen(each(lambda old, key: key < old, given, keys), kth, last, found)
 
 
 class _Search(NamedTuple):
-    """A bisection under way; numbers of rows."""
+    """A bisection under way; numbers of rows, and a width that all share."""
 
-    low: jax.Array  # more than k keys reach it
-    high: jax.Array  # so many do
-    reached: jax.Array
-    leap: jax.Array  # at most so far is the next threshold from `high`
+    low: jax.Array  # a threshold that at least k keys reach
+    reached: jax.Array  # how many do
+    width: jax.Array  # fewer than k keys reach ``low + 2 * width``
 
 
-def _bisect(keys: list[jax.Array], positions: list[jax.Array], k: int) -> Chosen:
-    """Selects all keys from `high` on, which `reached` do, and breaks ties below."""
-    top = reduce(jnp.maximum, jnp.max, keys) + 1
+def _bisect(
+    keys: list[jax.Array], top: jax.Array, positions: list[jax.Array], k: int
+) -> Chosen:
+    """Selects all keys from a threshold on, and breaks ties if that is too many."""
     none = jnp.zeros_like(top)
-    search = _Search(none, top, none, jnp.int32(_OCTAVES))
-    unfinished = functools.partial(_unfinished, k)
-    _, high, reached, _ = lax.while_loop(
-        unfinished, functools.partial(_halve, keys, k), search
-    )
-    missing = k - reached
-    keys, last = lax.cond(
-        jnp.max(missing) > 0,
-        functools.partial(_break_ties, positions, high, missing),
-        lambda keys: (keys, none - 1),
+    below = functools.partial(_below, keys, top, k)
+    search = below(_Search(none, none, jnp.int32(_OCTAVES >> 3)))
+    search = lax.while_loop(lambda search: jnp.min(search.reached) < k, below, search)
+    halve = functools.partial(_halve, keys, k)
+    search = lax.while_loop(functools.partial(_too_many, k), halve, search)
+    keys, high, last = lax.cond(
+        jnp.max(search.reached) > k,
+        functools.partial(_break_ties, positions, k),
+        lambda keys, search: (keys, search.low, none - 1),
         keys,
+        search,
     )
     return Chosen([key >= high for key in keys], high - 1, last, [])
 
 
-def _unfinished(k: int, search: _Search) -> jax.Array:
-    left = jnp.where(search.reached < k, search.high - search.low, 0)
-    return jnp.max(left) > 1
+def _below(keys: list[jax.Array], top: jax.Array, k: int, search: _Search) -> _Search:
+    """Goes down from the largest key, four times as far as before."""
+    width = jnp.minimum(search.width, 1 << 28) * 4
+    low = jnp.maximum(top + 1 - width - width, 0)
+    count = _count([low - 1 - key for key in keys])
+    found = search.reached >= k
+    low, reached = (
+        jnp.where(found, old, new)
+        for old, new in ((search.low, low), (search.reached, count))
+    )
+    return _Search(low, reached, width)
+
+
+def _too_many(k: int, search: _Search) -> jax.Array:
+    return (jnp.max(search.reached) > k) & (search.width > 0)
 
 
 def _halve(keys: list[jax.Array], k: int, search: _Search) -> _Search:
-    low, high, reached, leap = search
-    middle = jnp.maximum(low + ((high - low) >> 1), high - leap)
+    middle = search.low + search.width
     count = _count([middle - 1 - key for key in keys])
-    open_ = (reached < k) & (high - low > 1)
-    up, down = open_ & (count > k), open_ & (count <= k)
-    low, high = jnp.where(up, middle, low), jnp.where(down, middle, high)
-    leap = jnp.minimum(leap, 1 << 29) * 2
-    return _Search(low, high, jnp.where(down, count, reached), leap)
+    enough = count >= k
+    low = jnp.where(enough, middle, search.low)
+    return _Search(low, jnp.where(enough, count, search.reached), search.width >> 1)
 
 
 def _break_ties(
-    positions: list[jax.Array], high: jax.Array, missing: jax.Array, keys: list[jax.Array]
-) -> tuple[list[jax.Array], jax.Array]:
-    """Lifts the first of the keys just below `high`, until none is missing."""
-    last = _last_tie(keys, positions, high - 1, missing)
-    taken = each(lambda key, i: (key == high - 1) & (i <= last), keys, positions)
-    return each(lambda key, tie: jnp.where(tie, high, key), keys, taken), last
+    positions: list[jax.Array], k: int, keys: list[jax.Array], search: _Search
+) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """Lifts the first of the keys at the threshold above it, until none is missing."""
+    low, tied = search.low, search.reached > k
+    high = jnp.where(tied, low + 1, low)
+    missing = jnp.where(tied, k - _count([low - key for key in keys]), 0)
+    last = _last_tie(keys, positions, low, missing)
+    taken = each(lambda key, i: (key == low) & (i <= last), keys, positions)
+    return each(lambda key, tie: jnp.where(tie, high, key), keys, taken), high, last
 
 
 def _last_tie(

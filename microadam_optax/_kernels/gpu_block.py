@@ -27,12 +27,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from microadam_optax._kernels import _rows, _select, gpu_memory, gpu_window
+from microadam_optax import _moments
+from microadam_optax._kernels import _rows, _select, gpu_memory, gpu_numbers, gpu_window
 from microadam_optax._kernels._rows import Launch, Rows, Scalars, Updated
 from microadam_optax._kernels.gpu_memory import Place
+
+
+_LARGEST = int(np.float32(_moments.LARGEST).view(np.int32))  # that is not bounded
 
 
 class _Lanes(NamedTuple):
@@ -51,9 +56,9 @@ def update_rows(
     """One step of the rows of a program."""
     window = 1 if old.indices is None else 1 + old.indices.shape[1] // launch.k
     store = functools.partial(gpu_memory.store, interpret=launch.interpret)
-    debias_mu, debias_nu, eps, root = (scalars.factors[i] for i in range(4))
-    dtype = new.update.dtype
-    rescale = functools.partial(_rows.rescale, debias_mu, debias_nu, eps, root, dtype)
+    rescale = functools.partial(
+        gpu_numbers.rescale, scalars.factors, dtype=new.update.dtype, launch=launch
+    )
     place = gpu_memory.place_of(old, launch, rows)
     lanes = _lanes(old, place, launch, window)
 
@@ -63,7 +68,9 @@ def update_rows(
     )
     error = functools.partial(_rows.dequantize, step=step, zero=zero, bits=launch.bits)
     accumulated = _accumulate(old, place, lanes, error, launch)
-    chosen = _select.largest(accumulated, lanes.positions, lanes.real, launch.k)
+    accumulated, keys, top = _tamed(accumulated)
+    keys = _rows.each(lambda mask, key: jnp.where(mask, key, -1), lanes.real, keys)
+    chosen = _select.largest(accumulated, keys, top, lanes.positions, launch.k)
     rest = _rows.each(lambda mask, x: jnp.where(mask, 0, x), chosen.masks, accumulated)
     newest = _rows.each(lambda mask, x: jnp.where(mask, x, 0), chosen.masks, accumulated)
     older = None
@@ -71,9 +78,14 @@ def update_rows(
         older = gpu_window.sum_stored(old, scalars, place, error, chosen, launch)
     gpu_memory.barrier(launch)
 
-    _store_error(new, place, lanes, _rows.quantize(rest, launch.bits), store)
-    for i, x, mask in zip(lanes.positions, newest, lanes.inside, strict=True):
-        x = jnp.zeros_like(x) if older else rescale(*_rows.moments(_rows.round_to(x, 7)))
+    whole = functools.partial(gpu_numbers.whole, launch=launch)
+    _store_error(new, place, lanes, _rows.quantize(rest, launch.bits, whole), store)
+    if older is None:
+        x = [_rows.moments(gpu_numbers.rounded(x, launch)) for x in newest]
+        updates = rescale(x)
+    else:
+        updates = [jnp.zeros_like(x) for x in newest]
+    for i, x, mask in zip(lanes.positions, updates, lanes.inside, strict=True):
         store(new.update, (place.cell, place.begin + i), x, mask)
     if older is None:
         return
@@ -81,11 +93,11 @@ def update_rows(
         new, scalars.start[0], place, chosen, lanes.positions, newest, store
     )
     gpu_memory.barrier(launch)
-    index, mu, nu, mask = gpu_window.sum_selected(new, scalars, place, launch)
-    store(new.update, (place.cell, place.begin + index), rescale(mu, nu), mask)
-    gpu_memory.barrier(launch)
-    index, mu, nu, mask = older
-    store(new.update, (place.cell, place.begin + index), rescale(mu, nu), mask)
+    selected = gpu_window.sum_selected(new, scalars, place, launch)
+    for index, mu, nu, mask in (selected, older):
+        (update,) = rescale([(mu, nu)])
+        store(new.update, (place.cell, place.begin + index), update, mask)
+        gpu_memory.barrier(launch)
 
 
 def _lanes(old: Rows, place: Place, launch: Launch, window: int) -> _Lanes:
@@ -119,6 +131,24 @@ def _accumulate(
     errors = [error(byte, part) for part in range(8 // launch.bits) for byte in bytes_]
     add = functools.partial(gpu_memory.add_gradient, old, place)
     return _rows.each(add, lanes.positions, errors, lanes.inside)
+
+
+def _tamed(accumulated: list[jax.Array]) -> Any:
+    """The same numbers, bounded, with their magnitudes and the largest of a row.
+
+    Only rows of huge numbers and NaN have something to bound.
+    """
+    keys = _rows.each(_rows.magnitude, accumulated)
+    top = _rows.reduce(jnp.maximum, jnp.max, keys)
+    return lax.cond(
+        jnp.max(top) > _LARGEST, _tame, lambda *same: same, accumulated, keys, top
+    )
+
+
+def _tame(accumulated: list[jax.Array], *_: Any) -> Any:
+    accumulated = _rows.each(_rows.tame, accumulated)
+    keys = _rows.each(_rows.magnitude, accumulated)
+    return accumulated, keys, _rows.reduce(jnp.maximum, jnp.max, keys)
 
 
 def _store_error(

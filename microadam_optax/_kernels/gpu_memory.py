@@ -11,7 +11,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from microadam_optax import _moments
 from microadam_optax._kernels import _select
 from microadam_optax._kernels._rows import Launch, Rows
 
@@ -55,7 +54,7 @@ def add_gradient(
     old: Rows, place: Place, position: jax.Array, error: jax.Array, mask: jax.Array
 ) -> jax.Array:
     gradient = load(old.gradient, (place.cell, place.begin + position), mask)
-    return jnp.where(mask, _moments.bounded(gradient.astype(jnp.float32) + error), 0)
+    return jnp.where(mask, gradient.astype(jnp.float32) + error, 0)
 
 
 def divide(x: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from microadam_optax._kernels import _rows, _select, gpu_memory
+from microadam_optax._kernels import _rows, _select, gpu_memory, gpu_numbers
 from microadam_optax._kernels._rows import Launch, Rows, Scalars, Updated
 from microadam_optax._kernels.gpu_memory import Place
 
@@ -89,9 +89,10 @@ def sum_stored(
     part, column = gpu_memory.divide(index, width)
     byte = gpu_memory.load(old.codes, (place.row, column), mask)
     accumulated = gpu_memory.add_gradient(old, place, index, error(byte, part), mask)
+    accumulated = _rows.tame(accumulated)
     key = _rows.magnitude(accumulated)
     again = (key > chosen.kth) | ((key == chosen.kth) & (index <= chosen.last))
-    newest = jnp.where(again, _rows.round_to(accumulated, 7), 0)
+    newest = jnp.where(again, gpu_numbers.rounded(accumulated, launch), 0)
 
     mu, nu = _rows.moments(newest)
     slots = size // launch.k

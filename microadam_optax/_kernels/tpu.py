@@ -20,7 +20,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 
-from microadam_optax import _moments
 from microadam_optax._kernels import _rows, _select
 from microadam_optax._kernels._rows import Launch, Rows, Scalars, Updated
 
@@ -65,11 +64,12 @@ def _update_rows(old: Rows, scalars: Scalars, new: Updated, launch: Launch) -> N
     for part, mask in zip(parts, real, strict=True):
         gradient = old.gradient[:, part * width : (part + 1) * width]
         error = _rows.dequantize(byte, part, step, zero, bits)
-        x = _moments.bounded(gradient.astype(jnp.float32) + error)
+        x = _rows.tame(gradient.astype(jnp.float32) + error)
         accumulated.append(x if mask is None else jnp.where(mask, x, 0))
 
-    everywhere = [lane >= 0] * len(positions)
-    chosen = _select.largest(accumulated, positions, everywhere, launch.k)
+    keys = _rows.each(_rows.magnitude, accumulated)
+    top = _rows.reduce(jnp.maximum, jnp.max, keys)
+    chosen = _select.largest(accumulated, keys, top, positions, launch.k)
     rest = _rows.each(lambda mask, x: jnp.where(mask, 0, x), chosen.masks, accumulated)
     (code,), ranges = _rows.quantize(rest, bits)
     new.codes[...] = code
