@@ -63,7 +63,7 @@ def main() -> None:
     elif args.part == "time":
         import gpu_time
 
-        gpu_time.run(enough, keep, args.threads, args.tiny)
+        gpu_time.run(enough, keep, args.threads, args.only, args.tiny)
     elif args.part == "whole":
         import gpu_whole
 
@@ -75,7 +75,7 @@ def main() -> None:
     else:
         import gpu_tune
 
-        for name in gpu_tune.launches():
+        for name in gpu_tune.launches(args.only):
             print(name, flush=True)
 
 

@@ -27,11 +27,14 @@ for part in $parts; do
     time) timeout 170 python3 benchmarks/gpu.py time --minutes 2.5 --output "$out" ;;
     tune) timeout 75 python3 benchmarks/gpu.py tune --output "$out" ;;
     profile)
-      XLA_PYTHON_CLIENT_PREALLOCATE=false timeout 75 ncu --clock-control none \
-        --set detailed -k regex:microadam python3 benchmarks/gpu.py launches \
-        >"$out/profile.txt" 2>&1
-      grep -aE "microadam|Duration|Compute \(SM\) T|DRAM Through|Registers Per|Achieved Occ|Issue Slots Busy" \
-        "$out/profile.txt" | head -60 ;;
+      for kernel in "256 (2, 6 %)" "256 (1, 25 %)" "256 (10, 1 %)"; do
+        echo "-- $kernel"
+        XLA_PYTHON_CLIENT_PREALLOCATE=false timeout 60 ncu --clock-control none \
+          --set full -k regex:microadam -c 1 --kill yes \
+          python3 benchmarks/gpu.py launches --only "$kernel" >>"$out/profile.txt" 2>&1
+      done
+      grep -aE "microadam|Duration|Pipe|Throughput|Registers Per|Achieved Occ|Issue Slots|stall|Executed Ipc" \
+        "$out/profile.txt" | cut -c1-170 | head -90 ;;
     whole) timeout 110 python3 benchmarks/gpu.py whole --minutes 1.5 --output "$out" ;;
   esac
   echo "== $part: rc $?, $((SECONDS - began)) s"

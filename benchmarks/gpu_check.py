@@ -96,7 +96,8 @@ def contexts() -> dict[str, dict[str, Any]]:
     """Whether None, the default, is the kernel and is right, wherever it is called."""
     leaf = 0.01 * jax.random.normal(jax.random.key(0), (4, 64, 1024))
     own, xla = (microadam(1e-3, implementation=x) for x in (None, "xla"))
-    mesh = jax.make_mesh((1,), ("data",))
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=auto)
     whole = jax.sharding.PartitionSpec("data")
 
     def step(tx: Any, g: jax.Array) -> jax.Array:

@@ -192,6 +192,11 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def wanted(case: Case, only: str) -> bool:
+    """All cases, or those whose line has a text; what they are compared with, always."""
+    return case.name == FIRST or only in " ".join(map(str, case))
+
+
 def prepare(case: Case) -> Any:
     """Its compiled step, or why there is none."""
     widths = WIDTHS.get(case.size, (64, 256, 1))
@@ -203,7 +208,11 @@ def prepare(case: Case) -> Any:
 
 
 def run(
-    enough: Callable[[], bool], keep: Callable, threads: int, tiny: bool = False
+    enough: Callable[[], bool],
+    keep: Callable,
+    threads: int,
+    only: str = "",
+    tiny: bool = False,
 ) -> None:
     """Compiles all in threads, then times one after the other; keeps all rows so far."""
     steps = 2 if tiny else 10
@@ -212,7 +221,7 @@ def run(
     rows: list[dict[str, Any]] = []
     began = time.monotonic()
     with ThreadPoolExecutor(threads) as pool:
-        listed = cases(tiny)
+        listed = [case for case in cases(tiny) if wanted(case, only)]
         prepared = dict(zip(listed, pool.map(prepare, listed), strict=True))
     print(f"{len(listed)} programs compiled in {time.monotonic() - began:.0f} s")
     adamw: dict[tuple, float] = {}

@@ -64,11 +64,13 @@ def lower(tx: Any, shapes: list, dtype: str) -> Any:
     return jax.jit(update, donate_argnums=(0, 1, 2)).lower(leaves, leaves, state)
 
 
-def launches() -> Iterator[str]:
+def launches(only: str) -> Iterator[str]:
     """Runs each kernel twice, for a profiler that looks at them."""
     for (block, shapes), (name, settings) in itertools.product(
         LEAVES.items(), SETTINGS.items()
     ):
+        if only not in f"{block} {name}":
+            continue
         tx = transformation(settings)
         compiled, _ = compile_step(tx, False, shapes, "bfloat16")
         gradients = made(shapes, "bfloat16")
