@@ -113,18 +113,39 @@ def moved_bytes(state: Any, params: Any) -> int:
 
 
 def step(tx: Any, apply: bool, params: Any, gradients: Any, state: Any) -> Any:
-    updates, state = tx.update(gradients, state, params)
+    """Alone, the update takes the place of the gradients, which the caller gives away.
+
+    Applied, gradients arise in the program, as those of a training step do.
+    """
+    if not apply:
+        updates, state = tx.update(gradients, state, params)
+        return params, updates, state
+    updates, state = tx.update(arisen(*gradients), state, params)
+    return optax.apply_updates(params, updates), None, state
+
+
+def arisen(number: jax.Array, first: Any, second: Any) -> Any:
+    """One of two batches of gradients, behind a condition that XLA does not fuse."""
+    return jax.lax.cond(number % 2 == 0, lambda x, _: x, lambda _, y: y, first, second)
+
+
+def given(gradients: list, apply: bool, i: int) -> Any:
+    """What a step is called with."""
     if apply:
-        return optax.apply_updates(params, updates), None, state
-    return params, updates, state
+        return (jnp.int32(i), *gradients)
+    return jax.tree.map(jnp.copy, gradients[i % 2])
 
 
 def compile_step(tx: Any, apply: bool, shapes: list, dtype: str) -> tuple[Any, dict]:
-    """The step, all donated, and what it holds by the compiler's account."""
+    """The step, with donated parameters and state, and what it holds by XLA's account."""
     leaves = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     state = jax.eval_shape(tx.init, leaves)
-    jitted = jax.jit(functools.partial(step, tx, apply), donate_argnums=(0, 1, 2))
-    compiled = jitted.lower(leaves, leaves, state).compile()
+    jitted = jax.jit(
+        functools.partial(step, tx, apply), donate_argnums=(0, 2) if apply else (0, 1, 2)
+    )
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    gradients = (number, leaves, leaves) if apply else leaves
+    compiled = jitted.lower(leaves, gradients, state).compile()
     memory = compiled.memory_analysis()
     peak = (
         memory.argument_size_in_bytes
@@ -132,38 +153,51 @@ def compile_step(tx: Any, apply: bool, shapes: list, dtype: str) -> tuple[Any, d
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
     )
+    if apply:  # those that arise are all that a training step would hold
+        peak -= 2 * array_bytes(leaves)
     row = {"least_bytes": moved_bytes(state, leaves), "state_bytes": array_bytes(state)}
     row |= {"temporary_bytes": memory.temp_size_in_bytes, "peak_bytes": peak}
     return compiled, row
 
 
-def made(shapes: list, dtype: str) -> list[jax.Array]:
-    keys = jax.random.split(jax.random.key(0), len(shapes))
+def made(shapes: list, dtype: str, seed: int = 0) -> list[jax.Array]:
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
     make = jax.jit(
         lambda key, shape: 0.01 * jax.random.normal(key, shape, dtype), static_argnums=1
     )
     return [make(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
-def seconds(compiled: Any, params: Any, gradients: Any, state: Any, steps: int) -> tuple:
-    """Of one of several steps in a row, each with gradients of its own to overwrite."""
-    copies = [jax.tree.map(jnp.copy, gradients) for _ in range(steps)]
-    jax.block_until_ready((copies, params, state))
-    began = time.perf_counter()
-    for copy in copies:
-        params, updates, state = compiled(params, copy, state)
-    jax.block_until_ready((params, updates, state))
-    return (time.perf_counter() - began) / steps, [params, state]
-
-
-def measure(tx: Any, compiled: Any, gradients: list, steps: int) -> dict[str, float]:
-    params = jax.tree.map(jnp.copy, gradients)
+def measure(
+    tx: Any, compiled: Any, gradients: list, steps: int, apply: bool = False
+) -> dict[str, float]:
+    """Seconds of one of several steps in a row, with two batches of gradients by turns."""
+    params = jax.tree.map(jnp.copy, gradients[0])
     state = jax.jit(tx.init)(params)
     times = []
     for _ in range(4):  # the first warms up
-        time_of_step, (params, state) = seconds(compiled, params, gradients, state, steps)
-        times.append(time_of_step)
+        each = [given(gradients, apply, i) for i in range(steps)]
+        jax.block_until_ready((each, params, state))
+        began = time.perf_counter()
+        for own in each:
+            params, updates, state = compiled(params, own, state)
+        jax.block_until_ready((params, updates, state))
+        times.append((time.perf_counter() - began) / steps)
     return {"seconds": statistics.median(times[1:]), "slowest": max(times[1:])}
+
+
+def making(gradients: list, steps: int) -> float:
+    """Seconds that it takes to make gradients, which are in the figures of applied steps."""
+    make = jax.jit(arisen)
+    jax.block_until_ready(make(jnp.int32(0), *gradients))
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        for i in range(steps):
+            arose = make(jnp.int32(i), *gradients)
+        jax.block_until_ready(arose)
+        times.append((time.perf_counter() - began) / steps)
+    return statistics.median(times[1:])
 
 
 def copy_bandwidth(size: int, steps: int) -> float:
@@ -224,33 +258,48 @@ def run(
         listed = [case for case in cases(tiny) if wanted(case, only)]
         prepared = dict(zip(listed, pool.map(prepare, listed), strict=True))
     print(f"{len(listed)} programs compiled in {time.monotonic() - began:.0f} s")
-    adamw: dict[tuple, float] = {}
-    kept: tuple[Any, list] = (None, [])
+    kept: tuple[Any, Any] = (None, None)
     for case in listed:
         if enough():
             print("time is over")
             return
-        if isinstance(prepared[case], str):
-            rows.append({**case._asdict(), "failed": prepared[case]})
-            print(f"{case}: {prepared[case]}")
-            continue
         kind = case[:3]
         if kept[0] != kind:
-            kept = (None, [])
-            shapes = llama_like(*WIDTHS.get(case.size, (64, 256, 1)), case.stacked)
-            kept = (kind, made(shapes, case.dtype))
-        compiled, row = prepared.pop(case)
-        try:
-            row = row | measure(peers()[case.name], compiled, kept[1], steps)
-        except Exception as error:  # such as out of memory
-            rows.append({**case._asdict(), "failed": f"{error}"[:200]})
-            print(f"{case}: {error}"[:300])
-            continue
-        adamw.setdefault(case[:4], row["seconds"])  # with float32 state
-        row["parameters"] = sum(map(math.prod, (x.shape for x in kept[1])))
-        row["ratio_to_adamw"] = row["seconds"] / adamw[case[:4]]
-        row["bytes_a_second"] = row["least_bytes"] / row["seconds"]
-        row["ratio_to_copy"] = copy / row["bytes_a_second"]
-        rows.append({**case._asdict(), **row})
-        print(line(rows[-1]), flush=True)
+            kept = (None, None)
+            kept = (kind, Kind(case, steps))
+        row = timed(case, prepared.pop(case), kept[1], copy)
+        rows.append(row)
+        print(line(row) if "seconds" in row else row, flush=True)
         keep({"copy_bytes_a_second": copy, "rows": rows})
+
+
+class Kind:
+    """Gradients that several cases share, and what they are compared with."""
+
+    def __init__(self, case: Case, steps: int):
+        shapes = llama_like(*WIDTHS.get(case.size, (64, 256, 1)), case.stacked)
+        self.gradients = [made(shapes, case.dtype, seed) for seed in (0, 1)]
+        self.making = making(self.gradients, steps)
+        self.number = sum(map(math.prod, shapes))
+        self.steps = steps
+        self.adamw: dict[bool, float] = {}
+
+
+def timed(case: Case, prepared: Any, kind: Kind, copy: float) -> dict[str, Any]:
+    """A row of the results."""
+    try:
+        compiled, row = prepared
+        tx = peers()[case.name]
+        row |= measure(tx, compiled, kind.gradients, kind.steps, case.apply)
+    except Exception as error:  # of one case, such as out of memory: the others go on
+        failed = prepared if isinstance(prepared, str) else f"{error}"[:200]
+        return {**case._asdict(), "failed": failed}
+    if case.apply:
+        row["making_seconds"] = kind.making
+        row["seconds"] -= kind.making
+    first = kind.adamw.setdefault(case.apply, row["seconds"])  # with float32 state
+    row["parameters"] = kind.number
+    row["ratio_to_adamw"] = row["seconds"] / first
+    row["bytes_a_second"] = row["least_bytes"] / row["seconds"]
+    row["ratio_to_copy"] = copy / row["bytes_a_second"]
+    return {**case._asdict(), **row}

@@ -25,6 +25,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _INFINITY = 0x7F800000
 _BITS_OF_MAGIC = 0x4B000000
 _MAGIC = float(1 << 23)  # added to a small whole number, shows it in the last bits
+SHOWN = 1.5 * _MAGIC  # the same for numbers below 0, and what is not whole is rounded
 
 
 class Rows(NamedTuple):
@@ -110,8 +111,8 @@ def reason_against(layout: Layout, dtype: Any, settings: Settings) -> str | None
 
 
 def nearest(x: jax.Array, step: jax.Array) -> jax.Array:
-    """``floor(x / step + 1 / 2)``."""
-    return _quantize.multiple(x, step, 0.5)[0]
+    """``floor(x / step + 1 / 2)``, plus `SHOWN`."""
+    return _quantize.multiple(x, step, 0.5)[0] + SHOWN
 
 
 def quantize(
@@ -131,9 +132,9 @@ def quantize(
     step = round_to((high + below) * jnp.float32(_quantize.ABOVE / top), 7)
     step = jnp.where(step < _quantize.SMALLEST, 0, step)
     finite = (step > 0) & (step < jnp.inf)
-    zero = 0 - jnp.where(finite, whole(0 - below, step), 0)
+    zero = SHOWN - jnp.where(finite, whole(0 - below, step), SHOWN)
     kept = jnp.where(finite, top, 0)  # of the bits of a code
-    shown = [bits_of((whole(x, step) + zero) + _MAGIC) & kept for x in rest]
+    shown = [bits_of(whole(x, step) + zero) & kept for x in rest]
     number = len(rest) * bits // 8  # of bytes that a row has at one lane
     bytes_ = shown[:number]
     for part, code in enumerate(shown[number:], number):
@@ -145,14 +146,21 @@ def quantize(
 def dequantize(
     byte: jax.Array, part: int | jax.Array, step: jax.Array, zero: jax.Array, bits: int
 ) -> jax.Array:
-    """``(code - zero) * step``; the code of a static part is not shifted: step is."""
-    byte = byte.astype(jnp.int32)
     if isinstance(part, int):
-        lowest = 1 << (bits * part)
-        code = float_of((byte & ((2**bits - 1) * lowest)) | _BITS_OF_MAGIC)
-        return (code - (_MAGIC + zero * lowest)) * (step * (1 / lowest))
-    code = (byte >> (bits * part)) & (2**bits - 1)
+        multiple, unit = unpack(byte, part, step, zero, bits)
+        return multiple * unit
+    code = (byte.astype(jnp.int32) >> (bits * part)) & (2**bits - 1)
     return (code.astype(jnp.float32) - zero) * step
+
+
+def unpack(
+    byte: jax.Array, part: int, step: jax.Array, zero: jax.Array, bits: int
+) -> tuple[jax.Array, jax.Array]:
+    """Two factors whose product is ``(code - zero) * step``, for no shift of the code."""
+    lowest = 1 << (bits * part)
+    code = byte.astype(jnp.int32) & ((2**bits - 1) * lowest)
+    shown = float_of(code | _BITS_OF_MAGIC)
+    return shown - (_MAGIC + zero * lowest), step * (1 / lowest)
 
 
 def moments(value: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -17,6 +17,8 @@ from microadam_optax._kernels._rows import bits_of, each, float_of, reduce
 
 ONE_BY_ONE = 4  # up to here the k largest are found so
 NOWHERE = 1 << 20  # a position that no row has
+_NEAR = 1 << 13  # so near to the threshold there is hardly more than one key
+_TOP = 0x7FFFFFFF
 _OCTAVES = 2 << 23  # what a first step of the bisection spans, in bits of a float32
 
 
@@ -72,6 +74,14 @@ class _Search(NamedTuple):
     width: jax.Array  # fewer than k keys reach ``low + 2 * width``
 
 
+class _Peeled(NamedTuple):
+    """Rows whose lowest keys are taken away until k are left, or more that are equal."""
+
+    low: jax.Array
+    reached: jax.Array
+    missing: jax.Array  # of the keys at `low`, so many are wanted; 0 if not known yet
+
+
 def _bisect(
     keys: list[jax.Array], top: jax.Array, positions: list[jax.Array], k: int
 ) -> Chosen:
@@ -82,12 +92,18 @@ def _bisect(
     search = lax.while_loop(lambda search: jnp.min(search.reached) < k, below, search)
     halve = functools.partial(_halve, keys, k)
     search = lax.while_loop(functools.partial(_too_many, k), halve, search)
+    low, _, missing = lax.while_loop(
+        lambda rows: jnp.max(jnp.where(_open(k, rows), 1, 0)) > 0,
+        functools.partial(_peel, keys, k),
+        _Peeled(search.low, search.reached, none),
+    )
     keys, high, last = lax.cond(
-        jnp.max(search.reached) > k,
-        functools.partial(_break_ties, positions, k),
-        lambda keys, search: (keys, search.low, none - 1),
+        jnp.max(missing) > 0,
+        functools.partial(_break_ties, positions),
+        lambda keys, low, missing: (keys, low, missing - 1),
         keys,
-        search,
+        low,
+        missing,
     )
     return Chosen([key >= high for key in keys], high - 1, last, [])
 
@@ -106,7 +122,7 @@ def _below(keys: list[jax.Array], top: jax.Array, k: int, search: _Search) -> _S
 
 
 def _too_many(k: int, search: _Search) -> jax.Array:
-    return (jnp.max(search.reached) > k) & (search.width > 0)
+    return (jnp.max(search.reached) > k) & (search.width > _NEAR)
 
 
 def _halve(keys: list[jax.Array], k: int, search: _Search) -> _Search:
@@ -117,13 +133,27 @@ def _halve(keys: list[jax.Array], k: int, search: _Search) -> _Search:
     return _Search(low, jnp.where(enough, count, search.reached), search.width >> 1)
 
 
+def _open(k: int, rows: _Peeled) -> jax.Array:
+    return (rows.reached > k) & (rows.missing == 0)
+
+
+def _peel(keys: list[jax.Array], k: int, rows: _Peeled) -> _Peeled:
+    candidates = [jnp.where(key < rows.low, _TOP, key) for key in keys]
+    lowest = reduce(jnp.minimum, jnp.min, candidates)
+    left = _count([lowest - key for key in keys])
+    opened, enough = _open(k, rows), left >= k
+    return _Peeled(
+        jnp.where(opened, jnp.where(enough, lowest + 1, lowest), rows.low),
+        jnp.where(opened & enough, left, rows.reached),
+        jnp.where(opened & ~enough, k - left, rows.missing),
+    )
+
+
 def _break_ties(
-    positions: list[jax.Array], k: int, keys: list[jax.Array], search: _Search
+    positions: list[jax.Array], keys: list[jax.Array], low: jax.Array, missing: jax.Array
 ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
     """Lifts the first of the keys at the threshold above it, until none is missing."""
-    low, tied = search.low, search.reached > k
-    high = jnp.where(tied, low + 1, low)
-    missing = jnp.where(tied, k - _count([low - key for key in keys]), 0)
+    high = jnp.where(missing > 0, low + 1, low)
     last = _last_tie(keys, positions, low, missing)
     taken = each(lambda key, i: (key == low) & (i <= last), keys, positions)
     return each(lambda key, tie: jnp.where(tie, high, key), keys, taken), high, last

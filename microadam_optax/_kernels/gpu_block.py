@@ -67,7 +67,7 @@ def update_rows(
         for i in (0, 1)
     )
     error = functools.partial(_rows.dequantize, step=step, zero=zero, bits=launch.bits)
-    accumulated = _accumulate(old, place, lanes, error, launch)
+    accumulated = _accumulate(old, place, lanes, step, zero, launch)
     accumulated, keys, top = _tamed(accumulated)
     keys = _rows.each(lambda mask, key: jnp.where(mask, key, -1), lanes.real, keys)
     chosen = _select.largest(accumulated, keys, top, lanes.positions, launch.k)
@@ -80,11 +80,9 @@ def update_rows(
 
     whole = functools.partial(gpu_numbers.whole, launch=launch)
     _store_error(new, place, lanes, _rows.quantize(rest, launch.bits, whole), store)
-    if older is None:
-        x = [_rows.moments(gpu_numbers.rounded(x, launch)) for x in newest]
-        updates = rescale(x)
-    else:
-        updates = [jnp.zeros_like(x) for x in newest]
+    updates = rescale(
+        [_rows.moments(gpu_numbers.rounded(x, launch)) for x in newest]
+    )
     for i, x, mask in zip(lanes.positions, updates, lanes.inside, strict=True):
         store(new.update, (place.cell, place.begin + i), x, mask)
     if older is None:
@@ -93,11 +91,9 @@ def update_rows(
         new, scalars.start[0], place, chosen, lanes.positions, newest, store
     )
     gpu_memory.barrier(launch)
-    selected = gpu_window.sum_selected(new, scalars, place, launch)
-    for index, mu, nu, mask in (selected, older):
-        (update,) = rescale([(mu, nu)])
-        store(new.update, (place.cell, place.begin + index), update, mask)
-        gpu_memory.barrier(launch)
+    index, mu, nu, mask = older
+    (update,) = rescale([(mu, nu)])
+    store(new.update, (place.cell, place.begin + index), update, mask)
 
 
 def _lanes(old: Rows, place: Place, launch: Launch, window: int) -> _Lanes:
@@ -123,14 +119,28 @@ def _lanes(old: Rows, place: Place, launch: Launch, window: int) -> _Lanes:
 
 
 def _accumulate(
-    old: Rows, place: Place, lanes: _Lanes, error: Callable, launch: Launch
+    old: Rows,
+    place: Place,
+    lanes: _Lanes,
+    step: jax.Array,
+    zero: jax.Array,
+    launch: Launch,
 ) -> list[jax.Array]:
-    """Gradient and error; zeros where an element is padding or is not."""
+    """Gradient and error, in one rounding as in two, since the error is a whole multiple
+    of the step, exact; zeros where an element is padding or is not."""
     pairs = zip(lanes.columns, lanes.filled, strict=True)
     bytes_ = [gpu_memory.load(old.codes, (place.row, i), mask) for i, mask in pairs]
-    errors = [error(byte, part) for part in range(8 // launch.bits) for byte in bytes_]
-    add = functools.partial(gpu_memory.add_gradient, old, place)
-    return _rows.each(add, lanes.positions, errors, lanes.inside)
+    errors = [
+        _rows.unpack(byte, part, step, zero, launch.bits)
+        for part in range(8 // launch.bits)
+        for byte in bytes_
+    ]
+    found = []
+    for i, error, mask in zip(lanes.positions, errors, lanes.inside, strict=True):
+        gradient = gpu_memory.gradient(old, place, i, mask)
+        x = gpu_numbers.fused(*error, gradient, launch)
+        found.append(jnp.where(mask, x, 0))
+    return found
 
 
 def _tamed(accumulated: list[jax.Array]) -> Any:

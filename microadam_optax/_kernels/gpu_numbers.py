@@ -16,7 +16,6 @@ from microadam_optax import _moments, _quantize
 from microadam_optax._kernels import _rows
 from microadam_optax._kernels._rows import Launch
 
-_ROUND = 1.5 * 2.0**23  # added to a number below 2**22, leaves a whole number
 _LESS = 2.0**-10  # of a step; more than a quotient is in error
 _EPS = 2.0**-38  # added to the root of a denormal number, is what it was
 
@@ -31,17 +30,24 @@ def rounded(x: jax.Array, launch: Launch) -> jax.Array:
 
 
 def whole(x: jax.Array, step: jax.Array, launch: Launch) -> jax.Array:
-    """``floor(x / step + 1 / 2)``, as exact as `_quantize.multiple` is.
+    """``floor(x / step + 1 / 2)`` plus `SHOWN`, as exact as `_quantize.multiple` is.
 
     The approximate quotient is made a little smaller, so that the whole number next to
     it is right or one too low, which is seen by what is left of x.
     """
     if launch.interpret:
-        return _quantize.multiple(x, step, 0.5)[0]
+        return _rows.nearest(x, step)
     inverse = _approximate("rcp", jnp.where(step > 0, step, 1))
-    point = ((x * inverse - _LESS) + _ROUND) - _ROUND
-    above = x - point * step
+    point = fused(x, inverse, jnp.float32(-_LESS), launch) + _rows.SHOWN
+    above = fused(_rows.SHOWN - point, step, x, launch)
     return jnp.where(above >= 0.5 * step, point + 1, point)
+
+
+def fused(x: jax.Array, y: jax.Array, z: jax.Array, launch: Launch) -> jax.Array:
+    """``x * y + z``, rounded once."""
+    if launch.interpret:
+        return x * y + z
+    return _elementwise("fma.rn.f32 $0, $1, $2, $3;", x, y, z)
 
 
 def rescale(
@@ -77,11 +83,16 @@ def _quickly(
 
 def _approximate(function: str, x: jax.Array) -> jax.Array:
     """To a unit in the last place; denormal numbers are 0."""
+    return _elementwise(f"{function}.approx.ftz.f32 $0, $1;", x)
+
+
+def _elementwise(instruction: str, *args: jax.Array) -> jax.Array:
+    args = jnp.broadcast_arrays(*args)
     (result,) = triton.elementwise_inline_asm(
-        f"{function}.approx.ftz.f32 $0, $1;",
-        args=[x],
-        constraints="=f,f",
+        instruction,
+        args=args,
+        constraints=",".join(["=f", *["f"] * len(args)]),
         pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
+        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, jnp.float32)],
     )
     return result

@@ -62,16 +62,6 @@ def _in_order(found: list[tuple[jax.Array, jax.Array]], place: Place) -> Any:
     return rank, index, value, place.exists & (rank < len(found))
 
 
-def sum_selected(new: Updated, scalars: Scalars, place: Place, launch: Launch) -> Any:
-    """Index, mu, nu and mask of what was just selected, from its slot."""
-    entry = lax.broadcasted_iota(jnp.int32, (1, pl.next_power_of_2(launch.k)), 1)
-    mask = place.exists & (entry < launch.k)
-    slot = (place.row, scalars.start[0] + entry)
-    index = gpu_memory.load(new.indices, slot, mask).astype(jnp.int32)
-    value = gpu_memory.load(new.values, slot, mask).astype(jnp.float32)
-    return index, *_rows.moments(value), gpu_memory.inside(place, index, mask, launch)
-
-
 def sum_stored(
     old: Rows,
     scalars: Scalars,
@@ -88,8 +78,8 @@ def sum_stored(
     mask = gpu_memory.inside(place, index, mask, launch)
     part, column = gpu_memory.divide(index, width)
     byte = gpu_memory.load(old.codes, (place.row, column), mask)
-    accumulated = gpu_memory.add_gradient(old, place, index, error(byte, part), mask)
-    accumulated = _rows.tame(accumulated)
+    accumulated = gpu_memory.gradient(old, place, index, mask) + error(byte, part)
+    accumulated = jnp.where(mask, _rows.tame(accumulated), 0)
     key = _rows.magnitude(accumulated)
     again = (key > chosen.kth) | ((key == chosen.kth) & (index <= chosen.last))
     newest = jnp.where(again, gpu_numbers.rounded(accumulated, launch), 0)
