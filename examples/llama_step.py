@@ -53,9 +53,7 @@ def hidden(config: Config, params: Params, tokens: jax.Array) -> jax.Array:
     shared = of_positions(config, tokens.shape[1])
     one = jax.checkpoint(functools.partial(llama.block, config))
     x = llama.embed(params, tokens)
-    x, _ = lax.scan(
-        lambda x, layer: (one(layer, x, *shared), None), x, params["layers"]
-    )
+    x, _ = lax.scan(lambda x, layer: (one(layer, x, *shared), None), x, params["layers"])
     return x
 
 
@@ -168,9 +166,7 @@ def _apply_layers(key: jax.Array, layers: Params, updates: Params) -> Params:
 
 def _apply_rest(key: jax.Array, old: dict[str, Params], updates: Params) -> Params:
     number = _number(old["layers"])  # the first that is no layer's
-    return apply_updates_stochastic(
-        old["rest"], updates, jax.random.fold_in(key, number)
-    )
+    return apply_updates_stochastic(old["rest"], updates, jax.random.fold_in(key, number))
 
 
 def _number(layers: Params) -> int:
