@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import llama
 import numpy as np
 from llama_config import Config
-from tokenizers import Tokenizer
 
+from instructions import Encoder
 from llama_step import Batch, Params, hidden
 
 NUMBER, NEW = 2, 24  # prompts, tokens after each
@@ -59,18 +59,16 @@ def continued(
     return jax.lax.fori_loop(0, NEW, add, tokens)
 
 
-def shown(
-    tokens: np.ndarray, prompts: Prompts, tokenizer: Tokenizer, end: list[int]
-) -> str:
+def shown(tokens: jax.Array, prompts: Prompts, encoder: Encoder) -> str:
     """Each prompt's end, what was said and what was expected."""
-    lines = []
+    lines: list[str] = []
     for row, length, expected in zip(
-        tokens, prompts.lengths, prompts.expected, strict=True
+        np.asarray(tokens), prompts.lengths, prompts.expected, strict=True
     ):
         said = row[length : length + NEW].tolist()
-        stops = [i for i, x in enumerate(said) if x in end]
+        stops = [i for i, x in enumerate(said) if x in encoder.end]
         texts = [row[:length].tolist(), said[: stops[0] if stops else NEW], expected]
-        prompt, *others = (" ".join(tokenizer.decode(x).split()) for x in texts)
+        prompt, *others = (" ".join(encoder.tokenizer.decode(x).split()) for x in texts)
         lines.append(f"  ... {prompt[-72:]}")
         lines += [f"    {x}: {y}" for x, y in zip(("model", "data"), others, strict=True)]
     return "\n".join(lines)

@@ -81,6 +81,13 @@ def mean_loss(config: Config, params: Params, batch: Batch) -> jax.Array:
     return head_loss(config, params, x, batch)
 
 
+def whole_loss(config: Config, params: Params, batch: Batch) -> jax.Array:
+    """Cross-entropy in nats of a batch, summed over the tokens that count."""
+    return summed_loss(
+        config, params, hidden(config, params, batch.tokens[:, :-1]), batch
+    )
+
+
 def ordinary(
     config: Config,
     tx: optax.GradientTransformation,
