@@ -43,44 +43,34 @@ def mesh_size(text: str) -> int:
 
 
 def make_parser() -> Parser:
-    parser = Parser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(description=__doc__.splitlines()[0])
     add, path, whole = parser.add_argument, pathlib.Path, positive(int)
     rates = ", ".join(f"{k} {v:g}" for k, v in llama_optimizers.LEARNING_RATE.items())
-    add("--model", type=path, metavar="PATH", help="a Hugging Face folder or .gguf file")
-    add("--data", type=path, metavar="FILE", help="text, or .jsonl: prompt, completion")
+    names, dtypes = list(llama_optimizers.LEARNING_RATE), ["float32", "bfloat16"]
+    for name, kind, default, metavar, words in (
+        ("model", path, None, "PATH", "Hugging Face folder or .gguf file; else SmolLM2"),
+        ("data", path, None, "FILE", "text or .jsonl; else docstrings and first lines"),
+        ("steps", whole, 60, "N", "of all micro-batches each"),
+        ("batch", whole, 4, "N", "rows of a micro-batch"),
+        ("accumulate", whole, 1, "N", "micro-batches to a step, which weigh equally"),
+        ("length", whole, 128, "N", "tokens of a row"),
+        ("learning-rate", positive(float), None, "RATE", f"its peak; else {rates}"),
+        ("seed", int, 0, "N", "of order, held-out rows and rounding"),
+        ("checkpoints", path, None, "FOLDER", "save there, and go on from there"),
+        ("checkpoint-every", whole, 20, "N", "steps; and at the end"),
+        ("save", path, None, "FOLDER", "for the trained model; new or empty"),
+        ("plot", path, None, "FILE", "for the loss curve, a picture"),
+        ("mesh", mesh_size, None, "fsdp=N", "divide among N devices, CPUs too"),
+    ):
+        shown = f"{words} (default: {default})" if default is not None else words
+        add(f"--{name}", type=kind, default=default, metavar=metavar, help=shown)
+    for name, choices, words in (
+        ("optimizer", names, "(default: %(default)s)"),
+        ("dtype", dtypes, "bfloat16 is rounded at random (default: %(default)s)"),
+    ):
+        default = "microadam" if name == "optimizer" else "float32"
+        add(f"--{name}", choices=choices, default=default, help=words)
     add("--layerwise", action="store_true", help="update layers in the backward pass")
-    add(
-        "--accumulate",
-        type=whole,
-        default=1,
-        metavar="N",
-        help="micro-batches to a step, which weigh equally, however many tokens count",
-    )
-    add(
-        "--dtype",
-        choices=["float32", "bfloat16"],
-        default="float32",
-        help="of parameters; bfloat16 is rounded at random",
-    )
-    add(
-        "--optimizer",
-        choices=list(llama_optimizers.LEARNING_RATE),
-        default="microadam",
-        help=" ",
-    )
-    add("--learning-rate", type=positive(float), help=f"its peak; {rates}")
-    add("--steps", type=whole, default=60, help=" ")
-    add("--batch", type=whole, default=4, help="rows of a micro-batch")
-    add("--length", type=whole, default=128, help="tokens of a row")
-    add("--seed", type=int, default=0, help=" ")
-    add("--checkpoints", type=path, metavar="FOLDER", help="save, and go on from there")
-    add("--checkpoint-every", type=whole, default=20, metavar="STEPS", help=" ")
-    add("--save", type=path, metavar="FOLDER", help="the trained model, a new folder")
-    add("--plot", type=path, metavar="FILE", help="the loss curve, a picture")
-    add("--mesh", type=mesh_size, metavar="fsdp=N", help="divide among N devices")
     add_quiet(parser)
     return parser
 
