@@ -1,9 +1,11 @@
 """Several devices made of one CPU, and parameters divided among devices."""
 
 import os
-from typing import Any
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -33,28 +35,22 @@ def make_mesh(number: int) -> Mesh:
     return jax.make_mesh((number,), (AXIS,), kinds, devices=devices[:number])
 
 
-def shardings(params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """The largest axis that can be divided, but that of stacked layers, over the mesh."""
+def placer(mesh: Mesh | None) -> Callable[[str, np.ndarray], jax.Array]:
+    """Puts a named parameter on the mesh, or without a copy of its own on one device.
 
-    def place(path: Any, leaf: Any) -> NamedSharding:
-        first = 1 if path[0].key == "layers" else 0
-        axes = [i for i in range(first, leaf.ndim) if leaf.shape[i] % mesh.size == 0]
-        if not axes:
-            return NamedSharding(mesh, P())
-        axis = max(axes, key=lambda i: leaf.shape[i])
-        return NamedSharding(mesh, P(*[None] * axis, AXIS))
+    Divided is its largest axis that can be, but that of stacked layers.
+    """
 
-    return jax.tree_util.tree_map_with_path(place, params)
+    def place(name: str, array: np.ndarray) -> jax.Array:
+        if mesh is None:
+            return jnp.asarray(array)
+        first = 1 if name.startswith("layers/") else 0
+        axes = [i for i in range(first, array.ndim) if array.shape[i] % mesh.size == 0]
+        axis = max(axes, key=lambda i: array.shape[i], default=None)
+        spec = P() if axis is None else P(*[None] * axis, AXIS)
+        return jax.device_put(array, NamedSharding(mesh, spec))
 
-
-def place(params: dict[str, Any], where: dict[str, Any]) -> None:
-    """Puts one array after another in its place, so that few are there twice."""
-    for name, sharding in where.items():
-        if isinstance(sharding, dict):
-            place(params[name], sharding)
-        else:
-            params[name] = jax.device_put(params[name], sharding)
-            params[name].block_until_ready()
+    return place
 
 
 def of_rows(batch: int, mesh: Mesh) -> NamedSharding:

@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import llama_files
-import llama_saving
 
 import checkpointing
 import cpu_devices
 import instructions
+import llama_files
 import llama_optimizers
 import llama_samples
+import llama_saving
 import llama_training
 from command_line import Parser, add_quiet, check_folder, check_picture, positive
 from instructions import Data, Encoder
@@ -148,7 +148,9 @@ def prepare(args: argparse.Namespace, parser: Parser) -> Prepared:
     try:
         mesh = cpu_devices.make_mesh(args.mesh) if args.mesh else None
         args.model = pathlib.Path(args.model or llama_files.default_model()).absolute()
-        loaded = llama_files.load(args.model, jnp.dtype(args.dtype))
+        loaded = llama_files.load(
+            args.model, jnp.dtype(args.dtype), cpu_devices.placer(mesh), not args.quiet
+        )
         data, encoder = load_data(args, loaded.config, loaded.tokenizer)
         manager = None
         if args.checkpoints is not None:

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from llama_config import Config
 from tqdm import tqdm
 
 import checkpointing
@@ -24,6 +23,7 @@ import llama_samples
 import llama_step
 from command_line import compiling
 from instructions import Data
+from llama_config import Config
 from llama_step import Batch, Params
 from microadam_optax import state_shardings
 
@@ -71,8 +71,6 @@ def start(
     tx: optax.GradientTransformation, params: Params, mesh: Mesh | None, manager: Any
 ) -> Run:
     """The run at its last checkpoint, if there is one, else at its beginning."""
-    if mesh is not None:
-        cpu_devices.place(params, cpu_devices.shardings(params, mesh))
     state = init_state(tx, params, mesh)
     if manager is None or manager.latest_step() is None:
         return Run(0, params, state, float("nan"), [])

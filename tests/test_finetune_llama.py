@@ -64,6 +64,7 @@ def losses_in(text):
     return float(found[1]), float(found[2])
 
 
+@pytest.mark.slow
 def test_it_learns_says_so_saves_and_draws(folder, model, capsys):
     run("--save=out", "--plot=loss.png", "--steps=8", quiet=False)
     out, err = capsys.readouterr()
@@ -126,10 +127,10 @@ def cut_short(monkeypatch):
 @pytest.mark.parametrize(
     "more",
     [
-        [],
+        ["--optimizer=adamw"],
         *(
             pytest.param(x, marks=pytest.mark.slow, id=" ".join(x))
-            for x in (["--dtype=bfloat16", "--layerwise"], ["--accumulate=3"])
+            for x in ([], ["--dtype=bfloat16", "--layerwise"], ["--accumulate=3"])
         ),
     ],
 )
