@@ -103,6 +103,17 @@ def layerwise_table(results: dict) -> str:
     return f"{table(header, rows)}\n\n{measured_on(results)}."
 
 
+def llama_table(results: dict) -> str:
+    """Peaks of the step of examples/finetune_llama.py, and the least card for each."""
+    rows = []
+    for row in results["rows"]:
+        held = row["peak"] / 1e9
+        each = f"{row['peak_a_parameter']:.2f}"
+        rows.append([f"`{row['options']}`", each, f"{held:.1f} GB", card_of(held)])
+    header = ["options", "bytes a parameter at the peak", "in all", "fits a card of"]
+    return f"{table(header, rows)}\n\n{measured_on(results)}."
+
+
 def llama_figure(results: dict, folder: str) -> str:
     """The picture of llama_peaks, its figures in words for who does not see it."""
     said = "; ".join(

@@ -15,6 +15,7 @@ from gpu_memory_tables import (
     layerwise_table,
     llama_figure,
     llama_peaks,
+    llama_table,
     parts_figure,
 )
 from pages import ROOT, fill, load, measured_on, table
@@ -430,7 +431,10 @@ def sections() -> dict[str, dict[str, str]]:
             "gpu peak": gpu_peak_table(gpu_memory),
             "temporary": temporary_table(memory),
         },
-        "docs/layerwise.md": {"layerwise": layerwise_table(gpu_memory)},
+        "docs/layerwise.md": {
+            "layerwise": layerwise_table(gpu_memory),
+            "llama options": llama_table(load("llama_memory")),
+        },
         "docs/compile_time.md": {
             "compile": compile_table(load("compile_time")),
             "compile without numba": compile_table(load("compile_time_xla")),

@@ -44,8 +44,6 @@ def load(show: bool = False) -> tuple[list[Example], list[Example]]:
 
     With `show`, how far it is.
     """
-    folders = {name: folder for name in PACKAGES if (folder := _folder(name))}
-    folders[STANDARD] = pathlib.Path(sysconfig.get_paths()["stdlib"])
     masked = re.compile(
         r"(?<![A-Za-z0-9])(?:"
         + "|".join(map(re.escape, sorted((*PACKAGES, STANDARD, *ALIASES), key=len)[::-1]))
@@ -54,13 +52,9 @@ def load(show: bool = False) -> tuple[list[Example], list[Example]]:
     )
     seen: set[str] = set()
     parts: tuple[list[Example], list[Example]] = [], []
-    places = sorted(folders.items())
-    for label, folder in tqdm(places, "docstrings", disable=not show, leave=False):
-        files = [x for x in folder.rglob("*.py") if _is_source(x.relative_to(folder))]
+    for label, folder in places(show):
         left = [round((1 - EVALUATED) * MOST), round(EVALUATED * MOST)]
-        # By a hash: any order and any part of them is a fair sample.
-        for file in sorted(files, key=lambda x: _hash(label, x.relative_to(folder))):
-            side = _hash(label, file.relative_to(folder)) < EVALUATED
+        for side, file in modules(label, folder):
             for text in docstrings(file) if left[side] else ():
                 text = masked.sub("[MASK]", " ".join(text.split()))
                 if len(text) >= SHORTEST and text not in seen and left[side]:
@@ -68,6 +62,24 @@ def load(show: bool = False) -> tuple[list[Example], list[Example]]:
                     parts[side].append((label, text))
                     left[side] -= 1
     return parts
+
+
+def places(show: bool = False) -> Iterator[tuple[str, pathlib.Path]]:
+    """Labels and folders of what is installed; with `show`, how far it is."""
+    folders = {name: folder for name in PACKAGES if (folder := _folder(name))}
+    folders[STANDARD] = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    yield from tqdm(sorted(folders.items()), "docstrings", disable=not show, leave=False)
+
+
+def modules(label: str, folder: pathlib.Path) -> Iterator[tuple[bool, pathlib.Path]]:
+    """A package's files, and whether each is to evaluate on.
+
+    By a hash: any part of them, from the first on, is a fair sample.
+    """
+    files = [x for x in folder.rglob("*.py") if _is_source(x.relative_to(folder))]
+    numbers = {x: _hash(label, x.relative_to(folder)) for x in files}
+    for file in sorted(files, key=numbers.__getitem__):
+        yield numbers[file] < EVALUATED, file
 
 
 def docstrings(file: pathlib.Path) -> Iterator[str]:

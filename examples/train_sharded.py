@@ -10,7 +10,6 @@ One command starts all processes; on a cluster, start it on each host with
 """
 
 import argparse
-import contextlib
 import functools
 import json
 import os
@@ -32,7 +31,9 @@ from tqdm import tqdm
 
 import language_model
 import train_lm
+from checkpointing import readable
 from command_line import Parser, check_file, check_folder, compiling, positive
+from cpu_devices import use_cpu_devices
 from microadam_optax import check_checkpoint, state_shardings
 
 
@@ -101,21 +102,6 @@ def restore(manager: ocp.CheckpointManager, tx, params, places):
     with readable(manager, last):
         found = manager.restore(last, args=ocp.args.StandardRestore(target))
     return last, (found["params"], found["opt_state"])
-
-
-@contextlib.contextmanager
-def readable(manager: ocp.CheckpointManager, step: int):
-    """Says of a damaged checkpoint which one it is, and where to go on without it."""
-    try:
-        yield
-    except Exception as error:
-        before = [x for x in manager.all_steps() if x < step]
-        rest = f"from step {max(before)}" if before else "from the beginning"
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(
-            f"the checkpoint {manager.directory / str(step)} cannot be read: move it "
-            f"away to go on {rest} ({reason[:200]})"
-        ) from error
 
 
 def make_model(args: argparse.Namespace) -> language_model.LanguageModel:
@@ -191,17 +177,6 @@ def train(args: argparse.Namespace, text: np.ndarray) -> dict[str, list]:
     if chief:
         print(f"loss {curve[-1][1]:.4f} at step {curve[-1][0]}")
     return {"loss": curve}
-
-
-def use_cpu_devices(number: int) -> None:
-    """Makes several devices of the CPU; before the first array, without effect on GPUs.
-
-    XLA may run two collectives that do not depend on each other in another order on each
-    device, and then they wait for each other without end; not with this scheduler.
-    """
-    flag = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-    os.environ["XLA_FLAGS"] = f"{flag} {os.environ.get('XLA_FLAGS', '')}".strip()
-    jax.config.update("jax_num_cpu_devices", number)
 
 
 def hush_gloo() -> None:

