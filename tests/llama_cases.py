@@ -1,12 +1,15 @@
 """Small Llama-family models, without weights in files: configs and weights by formula.
 
-Shared by test_llama.py and data/make_llama_reference.py, which runs where there is torch:
-nothing but numpy is imported.
+Shared by the tests and data/make_llama_reference.py, which runs where there is no flax.
 """
 
+import json
+import pathlib
 import zlib
 
 import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 COMMON = {
     "hidden_act": "silu",
@@ -67,4 +70,45 @@ def weight(name: str, shape) -> np.ndarray:
         return rng.normal(0, 0.5, shape).astype(np.float32)
     if "embed_tokens" in name:
         return rng.normal(0, 1, shape).astype(np.float32)
-    return rng.normal(0, shape[-1] ** -0.5 * 2, shape).astype(np.float32)
+    return rng.normal(0, shape[-1] ** -0.5, shape).astype(np.float32)
+
+
+REFERENCE = pathlib.Path(__file__).parent / "data" / "llama_reference.json"
+
+
+def reference(name: str) -> dict:
+    """Of transformers: the ``config`` it writes, ``shapes`` of weights, ``logits``."""
+    return json.loads(REFERENCE.read_text())["cases"][name]
+
+
+def tensors(name: str) -> dict[str, np.ndarray]:
+    """A case's checkpoint; without lm_head where it is tied."""
+    tied = CONFIGS[name]["tie_word_embeddings"]
+    return {
+        key: weight(key, shape)
+        for key, shape in reference(name)["shapes"].items()
+        if key != "lm_head.weight" or not tied
+    }
+
+
+def write_folder(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """A case as Hugging Face lays it out."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
+    save_file(tensors(name), folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def tokenizer() -> Tokenizer:
+    """Words ``w3`` to ``w36``, ``<s>`` first; it cuts and pads to four."""
+    words = ["<unk>", "<s>", "</s>", *(f"w{x}" for x in range(3, COMMON["vocab_size"]))]
+    numbers = {word: number for number, word in enumerate(words)}
+    made = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    made.enable_truncation(4)
+    made.enable_padding(length=4, pad_id=2, pad_token="</s>")
+    return made
