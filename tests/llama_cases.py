@@ -112,3 +112,19 @@ def tokenizer() -> Tokenizer:
     made.enable_truncation(4)
     made.enable_padding(length=4, pad_id=2, pad_token="</s>")
     return made
+
+
+def edit(folder, **changes):
+    """Changes its config.json."""
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def assert_same(a: dict, b: dict) -> None:
+    """That two trees of parameters are, to the bit."""
+    assert sorted(a) == sorted(b)
+    for name, leaf in a.items():
+        if isinstance(leaf, dict):
+            assert_same(leaf, b[name])
+        else:
+            np.testing.assert_array_equal(leaf, b[name])
