@@ -59,6 +59,14 @@ def test_side_files_and_config_go_along(folder, tmp_path):
     assert found["torch_dtype"] == "bfloat16"
 
 
+def test_a_config_of_transformers_5_stays_one(folder, tmp_path):
+    written = llama_cases.reference("qwen2")["config"]
+    (folder / "config.json").write_text(json.dumps(written))
+    llama_saving.save(tmp_path / "out", *llama_files.load(folder, jnp.bfloat16))
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert found == {**written, "dtype": "bfloat16"}
+
+
 def test_shards_are_written_and_read(folder, tmp_path):
     loaded = llama_files.load(folder)
     llama_saving.save(tmp_path / "out", *loaded, shard_bytes=9_000)
