@@ -69,7 +69,7 @@ def weight(name: str, shape) -> np.ndarray:
     if name.endswith("bias"):
         return rng.normal(0, 0.5, shape).astype(np.float32)
     if "embed_tokens" in name:
-        return rng.normal(0, 1, shape).astype(np.float32)
+        return rng.normal(0, 0.3, shape).astype(np.float32)
     return rng.normal(0, shape[-1] ** -0.5, shape).astype(np.float32)
 
 

@@ -18,10 +18,26 @@ from llama_cases import assert_same
 
 gguf = pytest.importorskip("gguf")
 
-WORDS = ["a", "b", "c", "Ġ", "1", "2", "Ã", "©", "ab", "abc", "Ġa", "Ġab", "12", "<tool>"]
+WORDS = [
+    "a",
+    "b",
+    "c",
+    "Ġ",
+    "1",
+    "2",
+    "Ã",
+    "©",
+    "ab",
+    "abc",
+    "Ġa",
+    "Ġab",
+    "12",
+    "ba",
+    "<tool>",
+]
 SPECIAL = ["<unk>", "<s>", "</s>"]
-TOKENS = SPECIAL + WORDS + [f"[{x}]" for x in range(20)]
-KINDS = [3] * 3 + [1] * 13 + [4] + [5] * 20
+TOKENS = SPECIAL + WORDS + [f"[{x}]" for x in range(19)]
+KINDS = [3] * 3 + [1] * 14 + [4] + [5] * 19
 MERGES = ["a b", "ab c", "Ġ a", "Ġ ab", "1 2"]
 ARCHES = {"llama2": "llama", "mistral": "llama", "smollm2": "llama", "qwen2": "qwen2"}
 FIELDS = {
@@ -148,6 +164,8 @@ def test_chat_templates_with_names_are_kept(tmp_path):
         ("ab12", {"pre": "qwen2"}, ["ab", "1", "2"]),
         ("ab12", {"pre": "llama-bpe"}, ["<s>", "ab", "12"]),
         ("ab", {"pre": "llama-bpe", "add_bos_token": False}, ["ab"]),
+        ("ba", {"pre": "llama-bpe", "add_bos_token": False}, ["ba"]),  # without a merge
+        ("ba", {"pre": "gpt-2"}, ["b", "a"]),
         ("ab", {"add_bos_token": True}, ["<s>", "ab"]),
         ("ab", {"add_eos_token": True}, ["ab", "</s>"]),
         ("e\u0301", {"pre": "qwen2"}, ["Ã", "©"]),  # to one character, then to bytes
