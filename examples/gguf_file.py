@@ -41,6 +41,7 @@ FIELDS = {
     "max_position_embeddings": "context_length",
     "rope_theta": "rope.freq_base",
 }  # keys of config.json, and of GGUF after the architecture's name
+OPTIONAL = {"attention.head_count_kv", "attention.key_length", "rope.freq_base"}
 
 
 def open_reader(path: pathlib.Path) -> gguf.GGUFReader:
@@ -79,6 +80,8 @@ def config_json(
     found: dict[str, Any] = {"model_type": MODEL_TYPES[arch], "hidden_act": "silu"}
     for key, name in FIELDS.items():
         value = fields.get(f"{arch}.{name}")
+        if value is None and name not in OPTIONAL:
+            raise ValueError(f"there is no {arch}.{name}")
         if value is not None:
             found[key] = _shortest(value) if isinstance(value, float) else value
     found.setdefault("num_key_value_heads", found.get("num_attention_heads"))

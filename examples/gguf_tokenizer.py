@@ -60,6 +60,10 @@ class TokenizerFields(NamedTuple):
             raise ValueError(f"{prefix}pre must be one of {known}, got {found['pre']!r}")
         tokens = list(found["tokens"])
         kinds = list(found.get("token_type", [1] * len(tokens)))
+        if len(kinds) != len(tokens):
+            raise ValueError(
+                f"{prefix}token_type has {len(kinds)} kinds of {len(tokens)} tokens"
+            )
         return cls(
             found["pre"],
             tokens,

@@ -46,9 +46,7 @@ def _on_default_device(_: str, array: np.ndarray) -> jax.Array:
 
 def default_model() -> pathlib.Path:
     """The packaged SmolLM2-135M; FileNotFoundError that says how to get it."""
-    spec = importlib.util.find_spec(DEFAULT_MODEL)
-    folders = spec.submodule_search_locations if spec else None
-    found = [x for folder in folders or () for x in pathlib.Path(folder).glob("*.gguf")]
+    found = _packaged()
     if not found:
         raise FileNotFoundError(
             2,
@@ -57,6 +55,17 @@ def default_model() -> pathlib.Path:
             DEFAULT_MODEL,
         )
     return min(found)
+
+
+def is_default_installed() -> bool:
+    """Whether `default_model` is there, and the package that reads it."""
+    return bool(_packaged()) and importlib.util.find_spec("gguf") is not None
+
+
+def _packaged() -> list[pathlib.Path]:
+    spec = importlib.util.find_spec(DEFAULT_MODEL)
+    folders = spec.submodule_search_locations if spec else None
+    return [x for folder in folders or () for x in pathlib.Path(folder).glob("*.gguf")]
 
 
 def load(

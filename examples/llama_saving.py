@@ -90,8 +90,9 @@ def _write_config(made: pathlib.Path, config: Config, dtype, source) -> None:
     found = config_to_json(config)
     if source is not None and config_from_json(source.config) == config:
         found = dict(source.config)
-    name = "dtype" if "dtype" in found or "rope_parameters" in found else "torch_dtype"
-    found[name] = jnp.dtype(dtype).name
+    new = "dtype" in found or "rope_parameters" in found  # as transformers 5 writes it
+    found.pop("torch_dtype", None)
+    found["dtype" if new else "torch_dtype"] = jnp.dtype(dtype).name
     _write_json(made / "config.json", found)
 
 
