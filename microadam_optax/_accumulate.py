@@ -124,7 +124,7 @@ def _update(
     last = number >= every - 1
     sums = _map(jnp.add, state.acc_grads, gradients)
     means = _means(sums, gradients, number + 1)
-    with _micro.batch(MicroBatch(last, number, jnp.int32(every))) as seen:
+    with _micro.batch(MicroBatch(last, number, jnp.float32(1 / every))) as seen:
         updates, new = tx.update(means, old, params, **extra_args)
     if _microadams(old) and not seen:
         raise ValueError(

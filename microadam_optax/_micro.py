@@ -16,7 +16,7 @@ class MicroBatch(NamedTuple):
 
     last: jax.Array  # bool, whether the step is taken with it
     number: jax.Array  # int32, from 0
-    every: jax.Array  # int32, how many there are
+    share: jax.Array  # float32, of one of them in the mean
 
 
 class _Now(NamedTuple):

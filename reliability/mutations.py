@@ -278,11 +278,17 @@ MUTATIONS = {
         "wide = gradient.dtype",
         "tests/test_accumulate.py::test_kernels_keep_the_same_bits",
     ),
+    "shares added unrounded, in a fused multiply-add": Mutation(
+        "_step.py",
+        "_moments.apart(wide * part, wide)",
+        "(wide * part)",
+        "tests/test_micro_batches.py::test_shares_are_rounded_before_they_are_added",
+    ),
     "shares made before the loops": Mutation(
         "_leaf.py",
         "    carry, last = (gradient, old, token)",
         "    gradient = _step.share(gradient, step)\n"
-        "    micro = step.micro._replace(every=step.micro.every * 0 + 1)\n"
+        "    micro = step.micro._replace(share=step.micro.share * 0 + 1)\n"
         "    step = step._replace(micro=micro)\n"
         "    carry, last = (gradient, old, token)",
         "tests/test_accumulate.py::test_a_training_step_peaks_where_it_does_without",
