@@ -284,6 +284,12 @@ MUTATIONS = {
         "(wide * part)",
         "tests/test_micro_batches.py::test_shares_are_rounded_before_they_are_added",
     ),
+    "a micro-batch's gradient read and written in no order": Mutation(
+        "_xla.py",
+        "leaf = _chunks.fence(leaf, always)",
+        "leaf = leaf._replace(state=_chunks.fence(leaf.state, always))",
+        "tests/test_micro_batches.py::test_a_gradient_that_is_an_argument_is_copied_once",
+    ),
     "shares made before the loops": Mutation(
         "_leaf.py",
         "    carry, last = (gradient, old, token)",

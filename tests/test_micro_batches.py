@@ -7,10 +7,11 @@ jitted or vmapped by itself trains wrongly.
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from following import state_blocks
-from microadam_optax import accumulate, scale_by_microadam
+from microadam_optax import accumulate, microadam, scale_by_microadam
 from quick import quick
 
 IMPLEMENTATIONS = [None, "xla", "interpret_gpu", "interpret_tpu"]
@@ -52,3 +53,20 @@ def test_shares_are_rounded_before_they_are_added(implementation, every):
     points, after = codes_and_steps(state)
     np.testing.assert_array_equal(after, steps)
     np.testing.assert_array_equal(points, np.floor(total / steps + 0.5))
+
+
+def test_a_gradient_that_is_an_argument_is_copied_once():
+    """As without micro-batches: an argument that is not donated cannot be written."""
+    inner = microadam(1e-2, implementation="xla")
+    leaf = jax.ShapeDtypeStruct((2048, 2048), jnp.float32)
+
+    def temporary(tx):
+        def step(gradient, state, params):
+            updates, state = tx.update(gradient, state, params)
+            return optax.apply_updates(params, updates), state
+
+        jitted = jax.jit(step, donate_argnums=(1, 2))
+        compiled = jitted.lower(leaf, jax.eval_shape(tx.init, leaf), leaf).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(accumulate(inner, 4)) < temporary(inner) + leaf.size
