@@ -37,7 +37,12 @@ class Accumulate(optax.GradientTransformationExtraArgs):
 
     @staticmethod
     def has_updated(state: AccumulateState) -> jax.Array:
-        """Whether the last call took a step: bool scalar."""
+        """Whether the last call took a step: bool scalar.
+
+        Raises:
+          TypeError: the state is not one of `accumulate`.
+        """
+        _check_state(state)
         return (state.mini_step == 0) & (state.gradient_step > 0)
 
 
@@ -67,7 +72,8 @@ def accumulate(tx: optax.GradientTransformation, every: int) -> Accumulate:
       whether the last call took a step.
 
     Raises:
-      TypeError: `every` is no integer; it cannot change from step to step.
+      TypeError: `every` is no integer; it cannot change from step to step. Or, by an
+        update, the state was not made by `accumulate`.
       ValueError: `every` is less than 1; or, by an update, the gradients are no tree like
         the parameters, or the transformation was jitted by itself.
 
@@ -119,6 +125,7 @@ def _update(
     params: optax.Params | None,
     extra_args: dict[str, Any],
 ) -> tuple[optax.Updates, AccumulateState]:
+    _check_state(state)
     number, old = state.mini_step, state.inner_opt_state
     _check_tree(gradients, state.acc_grads)
     last = number >= every - 1
@@ -196,6 +203,15 @@ def _microadams(state: optax.OptState) -> list[MicroAdamState]:
 
 def _is_microadam(x: Any) -> bool:
     return isinstance(x, MicroAdamState)
+
+
+def _check_state(state: Any) -> None:
+    """Raises TypeError if it is the state of something else."""
+    if not isinstance(state, AccumulateState):
+        raise TypeError(
+            f"The state must be an AccumulateState, got a {type(state).__name__}: it was "
+            "made by another transformation, or restored without its structure."
+        )
 
 
 def _check_tree(gradients: optax.Updates, sums: Tree) -> None:
