@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 
 from microadam_optax import _micro, _paths, _specs, _state
-from microadam_optax._micro import MicroBatch
 from microadam_optax._state import MicroAdamState
 
 Tree = Any
@@ -61,7 +60,7 @@ def accumulate(tx: optax.GradientTransformation, every: int) -> Accumulate:
 
     Args:
       tx: `microadam`, or anything made of it by `optax.chain`, `optax.partition` and so
-        on; not jitted by itself.
+        on; any part may be jitted or vmapped by itself.
       every: micro-batches to a step. A run may go on with another number after a step,
         not in between.
 
@@ -75,7 +74,7 @@ def accumulate(tx: optax.GradientTransformation, every: int) -> Accumulate:
       TypeError: `every` is no integer; it cannot change from step to step. Or, by an
         update, the state was not made by `accumulate`.
       ValueError: `every` is less than 1; or, by an update, the gradients are no tree like
-        the parameters, or the transformation was jitted by itself.
+        the parameters.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -131,16 +130,15 @@ def _update(
     last = number >= every - 1
     sums = _map(jnp.add, state.acc_grads, gradients)
     means = _means(sums, gradients, number + 1)
-    with _micro.batch(MicroBatch(last, number, jnp.float32(1 / every))) as seen:
-        updates, new = tx.update(means, old, params, **extra_args)
-    if _microadams(old) and not seen:
-        raise ValueError(
-            "`accumulate` must see MicroAdam's update run: its transformation must not "
-            "be jitted by itself."
-        )
+    told = _micro.tell(old, number, every)
+    updates, new = tx.update(means, told, params, **extra_args)
+    new = _micro.untell(new)
     updates = jax.tree.map(lambda x: jnp.where(last, x, jnp.zeros_like(x)), updates)
     new = jax.tree.map(
-        lambda before, after: _keep(last, before, after), old, new, is_leaf=_is_microadam
+        lambda before, after: _keep(last, before, after),
+        old,
+        new,
+        is_leaf=_micro.is_microadam,
     )
     sums = jax.tree.map(lambda x: jnp.where(last, jnp.zeros_like(x), x), sums)
     following = jnp.where(last, 0, number + 1).astype(number.dtype)
@@ -188,7 +186,7 @@ def _means(sums: Tree, gradients: optax.Updates, count: jax.Array) -> optax.Upda
 
 def _keep(last: jax.Array, before: Any, after: Any) -> Any:
     """A part of the state: as it was, but after the last micro-batch, and the error."""
-    if not _is_microadam(before):
+    if not _micro.is_microadam(before):
         return jnp.where(last, after, before)
     names = ("count", "ages", "mu", "nu")
     old, new = ([getattr(x, name) for name in names] for x in (before, after))
@@ -197,12 +195,8 @@ def _keep(last: jax.Array, before: Any, after: Any) -> Any:
 
 
 def _microadams(state: optax.OptState) -> list[MicroAdamState]:
-    nodes = jax.tree.leaves(state, is_leaf=_is_microadam)
-    return [x for x in nodes if _is_microadam(x)]
-
-
-def _is_microadam(x: Any) -> bool:
-    return isinstance(x, MicroAdamState)
+    nodes = jax.tree.leaves(state, is_leaf=_micro.is_microadam)
+    return [x for x in nodes if _micro.is_microadam(x)]
 
 
 def _check_state(state: Any) -> None:

@@ -290,6 +290,24 @@ MUTATIONS = {
         "leaf = leaf._replace(state=_chunks.fence(leaf.state, always))",
         "tests/test_micro_batches.py::test_a_gradient_that_is_an_argument_is_copied_once",
     ),
+    "every micro-batch the last to a part": Mutation(
+        "_micro.py",
+        "number >= every - 1",
+        "number >= 0",
+        f"{MICRO}[xla-4]",
+    ),
+    "steps of a micro-batch in the form of a step's": Mutation(
+        "_micro.py",
+        "return count if micro is None else micro._replace(count=count)",
+        "return count if micro is None else micro",
+        "tests/test_micro_batches.py::test_a_part_that_is_jitted_by_itself",
+    ),
+    "the same micro-batch for all of a vmapped part": Mutation(
+        "_micro.py",
+        "*(jnp.broadcast_to(x, jnp.shape(count)) for x in of)",
+        "*of",
+        "tests/test_micro_batches.py::test_a_part_that_is_vmapped_by_itself",
+    ),
     "shares made before the loops": Mutation(
         "_leaf.py",
         "    carry, last = (gradient, old, token)",

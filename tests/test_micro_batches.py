@@ -70,3 +70,43 @@ def test_a_gradient_that_is_an_argument_is_copied_once():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(accumulate(inner, 4)) < temporary(inner) + leaf.size
+
+
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_a_part_that_is_jitted_by_itself(implementation):
+    """Each micro-batch has its own number there, though the part is compiled once."""
+    one = scale_by_microadam(dense=None, implementation=implementation)
+    part = optax.GradientTransformation(one.init, jax.jit(one.update))
+    known, tx = accumulate(one, 3), accumulate(optax.chain(part), 3)
+    state, states = known.init(jnp.zeros(SHAPE)), tx.init(jnp.zeros(SHAPE))
+    rng = np.random.default_rng(0)
+    for i in range(1, 7):
+        g = jnp.asarray(rng.normal(size=SHAPE), jnp.float32)
+        _, state = jax.jit(known.update)(g, state)
+        updates, states = tx.update(g, states)
+        own = states.inner_opt_state[0]
+        jax.tree.map(np.testing.assert_array_equal, own, state.inner_opt_state)
+        assert np.any(updates) == (i % 3 == 0)
+    assert int(own.count) == 2
+
+
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_a_part_that_is_vmapped_by_itself(implementation):
+    """Each of the leaves along the axis has the bits that it has alone."""
+    one = scale_by_microadam(dense=None, implementation=implementation)
+    alone = accumulate(one, 3)
+    several = optax.GradientTransformation(
+        jax.vmap(one.init), lambda g, state, _=None: jax.vmap(one.update)(g, state)
+    )
+    tx = accumulate(several, 3)
+    shape = (2, *SHAPE)
+    state, states = tx.init(jnp.zeros(shape)), [alone.init(jnp.zeros(SHAPE))] * 2
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        g = jnp.asarray(rng.normal(size=shape), jnp.float32)
+        _, state = jax.jit(tx.update)(g, state)
+        for i in range(2):
+            _, states[i] = jax.jit(alone.update)(g[i], states[i])
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *(x.inner_opt_state for x in states))
+    jax.tree.map(np.testing.assert_array_equal, state.inner_opt_state, stacked)
+    assert state.inner_opt_state.count.tolist() == [1, 1]
