@@ -51,7 +51,8 @@ def accumulate(tx: optax.GradientTransformation, every: int) -> Accumulate:
     As `optax.MultiSteps` does, but that keeps the mean of the gradients so far, 4 bytes
     a parameter. Here a leaf that MicroAdam compresses adds each micro-batch's share of
     the mean to its error feedback, and selects at the last one. The others, which are
-    few and small by default, are summed in float32.
+    few and small by default, are summed in float32: to infinity where the sum of `every`
+    gradients is above its 3.4e38.
 
     Between steps the updates are zeros and the state stays, schedules, counts and decay
     too, but for the error. What stands before MicroAdam in a chain, such as
@@ -71,10 +72,10 @@ def accumulate(tx: optax.GradientTransformation, every: int) -> Accumulate:
       whether the last call took a step.
 
     Raises:
-      TypeError: `every` is no integer; it cannot change from step to step. Or, by an
-        update, the state was not made by `accumulate`.
+      TypeError: `tx` is no transformation, or `every` no integer: it cannot change from
+        step to step; or, by an update, the state was not made by `accumulate`.
       ValueError: `every` is less than 1; or, by an update, the gradients are no tree like
-        the parameters.
+        the parameters; or, by `init`, a part of `tx` accumulates as well, or flattens.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -95,10 +96,16 @@ def accumulate(tx: optax.GradientTransformation, every: int) -> Accumulate:
         )
     if every < 1:
         raise ValueError(f"`every` must be at least 1, got {every}.")
+    if not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(
+            f"`tx` must be an optax.GradientTransformation, got {tx!r}; call a function "
+            "that makes one."
+        )
     inner = optax.with_extra_args_support(tx)
 
     def init(params: optax.Params) -> AccumulateState:
         state = inner.init(params)
+        _check_inner(state, params)
         place = _specs.of_scalars(jax.tree.leaves(params))
         zeros = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
         if place is not None:
@@ -197,6 +204,29 @@ def _keep(last: jax.Array, before: Any, after: Any) -> Any:
 def _microadams(state: optax.OptState) -> list[MicroAdamState]:
     nodes = jax.tree.leaves(state, is_leaf=_micro.is_microadam)
     return [x for x in nodes if _micro.is_microadam(x)]
+
+
+def _check_inner(state: optax.OptState, params: optax.Params) -> None:
+    """Raises ValueError if a part accumulates as well, or sees another tree."""
+
+    def accumulates(x: Any) -> bool:
+        return isinstance(x, AccumulateState | optax.MultiStepsState)
+
+    nodes = jax.tree.leaves(state, is_leaf=accumulates)
+    if any(map(accumulates, nodes)):
+        raise ValueError(
+            "`tx` must not accumulate micro-batches itself, as `accumulate` and "
+            "optax.MultiSteps do: name the product of both numbers as `every`."
+        )
+    known = set(_paths.of(params))
+    for node in _microadams(state):
+        for path in _paths.of(node.codes):
+            if path not in known:
+                raise ValueError(
+                    "`tx` must give MicroAdam a tree like the parameters, but it makes a "
+                    f"state of {_paths.shown(path)}, which they have not, as "
+                    "optax.flatten does: put that around `accumulate`."
+                )
 
 
 def _check_state(state: Any) -> None:

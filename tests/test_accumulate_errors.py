@@ -4,6 +4,7 @@ If it fails, a mistake around micro-batches trains wrongly, or ends in a riddle.
 """
 
 import jax.numpy as jnp
+import optax
 import pytest
 
 from microadam_optax import accumulate, microadam
@@ -21,3 +22,30 @@ def test_states_of_something_else(kind):
         tx.has_updated(state)
     with pytest.raises(TypeError, match=message):
         tx.update(PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize("tx", [microadam, None, microadam(1e-2).update])
+def test_what_is_no_transformation(tx):
+    with pytest.raises(TypeError, match=r"^`tx` must be an optax\.Gradient.*, got .*\.$"):
+        accumulate(tx, 2)
+
+
+def several(tx):
+    return optax.MultiSteps(tx, 2).gradient_transformation()
+
+
+@pytest.mark.parametrize("make", [lambda tx: accumulate(tx, 2), several])
+def test_accumulating_twice(make):
+    tx = accumulate(optax.chain(make(microadam(1e-2))), 2)
+    with pytest.raises(ValueError, match=r"^`tx` must not accumulate micro-batches"):
+        tx.init(PARAMS)
+    outside = several(accumulate(microadam(1e-2), 2))
+    outside.update(PARAMS, outside.init(PARAMS), PARAMS)
+
+
+def test_a_flattened_tree():
+    tx = accumulate(optax.flatten(microadam(1e-2)), 2)
+    with pytest.raises(ValueError, match=r"state of the only leaf, which .*flatten.*\.$"):
+        tx.init(PARAMS)
+    tx = optax.flatten(accumulate(microadam(1e-2), 2))
+    tx.update(PARAMS, tx.init(PARAMS), PARAMS)
