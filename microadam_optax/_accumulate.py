@@ -51,8 +51,7 @@ def accumulate(tx: optax.GradientTransformation, every: int) -> Accumulate:
     As `optax.MultiSteps` does, but that keeps the mean of the gradients so far, 4 bytes
     a parameter. Here a leaf that MicroAdam compresses adds each micro-batch's share of
     the mean to its error feedback, and selects at the last one. The others, which are
-    few and small by default, are summed in float32: to infinity where the sum of `every`
-    gradients is above its 3.4e38.
+    few and small by default, are summed in float32, to infinity above 3.4e38.
 
     Between steps the updates are zeros and the state stays, schedules, counts and decay
     too, but for the error. What stands before MicroAdam in a chain, such as
