@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 
 from microadam_optax import _micro, _paths, _specs, _state
-from microadam_optax._micro import MicroBatch
 from microadam_optax._state import MicroAdamState
 
 Tree = Any
@@ -37,7 +36,12 @@ class Accumulate(optax.GradientTransformationExtraArgs):
 
     @staticmethod
     def has_updated(state: AccumulateState) -> jax.Array:
-        """Whether the last call took a step: bool scalar."""
+        """Whether the last call took a step: bool scalar.
+
+        Raises:
+          TypeError: the state is not one of `accumulate`.
+        """
+        _check_state(state)
         return (state.mini_step == 0) & (state.gradient_step > 0)
 
 
@@ -47,7 +51,7 @@ def accumulate(tx: optax.GradientTransformation, every: int) -> Accumulate:
     As `optax.MultiSteps` does, but that keeps the mean of the gradients so far, 4 bytes
     a parameter. Here a leaf that MicroAdam compresses adds each micro-batch's share of
     the mean to its error feedback, and selects at the last one. The others, which are
-    few and small by default, are summed in float32.
+    few and small by default, are summed in float32, to infinity above 3.4e38.
 
     Between steps the updates are zeros and the state stays, schedules, counts and decay
     too, but for the error. What stands before MicroAdam in a chain, such as
@@ -56,7 +60,7 @@ def accumulate(tx: optax.GradientTransformation, every: int) -> Accumulate:
 
     Args:
       tx: `microadam`, or anything made of it by `optax.chain`, `optax.partition` and so
-        on; not jitted by itself.
+        on; any part may be jitted or vmapped by itself.
       every: micro-batches to a step. A run may go on with another number after a step,
         not in between.
 
@@ -67,9 +71,10 @@ def accumulate(tx: optax.GradientTransformation, every: int) -> Accumulate:
       whether the last call took a step.
 
     Raises:
-      TypeError: `every` is no integer; it cannot change from step to step.
+      TypeError: `tx` is no transformation, or `every` no integer: it cannot change from
+        step to step; or, by an update, the state was not made by `accumulate`.
       ValueError: `every` is less than 1; or, by an update, the gradients are no tree like
-        the parameters, or the transformation was jitted by itself.
+        the parameters; or, by `init`, a part of `tx` accumulates as well, or flattens.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -90,10 +95,16 @@ def accumulate(tx: optax.GradientTransformation, every: int) -> Accumulate:
         )
     if every < 1:
         raise ValueError(f"`every` must be at least 1, got {every}.")
+    if not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(
+            f"`tx` must be an optax.GradientTransformation, got {tx!r}; call a function "
+            "that makes one."
+        )
     inner = optax.with_extra_args_support(tx)
 
     def init(params: optax.Params) -> AccumulateState:
         state = inner.init(params)
+        _check_inner(state, params)
         place = _specs.of_scalars(jax.tree.leaves(params))
         zeros = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
         if place is not None:
@@ -119,21 +130,21 @@ def _update(
     params: optax.Params | None,
     extra_args: dict[str, Any],
 ) -> tuple[optax.Updates, AccumulateState]:
+    _check_state(state)
     number, old = state.mini_step, state.inner_opt_state
     _check_tree(gradients, state.acc_grads)
     last = number >= every - 1
     sums = _map(jnp.add, state.acc_grads, gradients)
     means = _means(sums, gradients, number + 1)
-    with _micro.batch(MicroBatch(last, number, jnp.int32(every))) as seen:
-        updates, new = tx.update(means, old, params, **extra_args)
-    if _microadams(old) and not seen:
-        raise ValueError(
-            "`accumulate` must see MicroAdam's update run: its transformation must not "
-            "be jitted by itself."
-        )
+    told = _micro.tell(old, number, every)
+    updates, new = tx.update(means, told, params, **extra_args)
+    new = _micro.untell(new)
     updates = jax.tree.map(lambda x: jnp.where(last, x, jnp.zeros_like(x)), updates)
     new = jax.tree.map(
-        lambda before, after: _keep(last, before, after), old, new, is_leaf=_is_microadam
+        lambda before, after: _keep(last, before, after),
+        old,
+        new,
+        is_leaf=_micro.is_microadam,
     )
     sums = jax.tree.map(lambda x: jnp.where(last, jnp.zeros_like(x), x), sums)
     following = jnp.where(last, 0, number + 1).astype(number.dtype)
@@ -181,7 +192,7 @@ def _means(sums: Tree, gradients: optax.Updates, count: jax.Array) -> optax.Upda
 
 def _keep(last: jax.Array, before: Any, after: Any) -> Any:
     """A part of the state: as it was, but after the last micro-batch, and the error."""
-    if not _is_microadam(before):
+    if not _micro.is_microadam(before):
         return jnp.where(last, after, before)
     names = ("count", "ages", "mu", "nu")
     old, new = ([getattr(x, name) for name in names] for x in (before, after))
@@ -190,12 +201,40 @@ def _keep(last: jax.Array, before: Any, after: Any) -> Any:
 
 
 def _microadams(state: optax.OptState) -> list[MicroAdamState]:
-    nodes = jax.tree.leaves(state, is_leaf=_is_microadam)
-    return [x for x in nodes if _is_microadam(x)]
+    nodes = jax.tree.leaves(state, is_leaf=_micro.is_microadam)
+    return [x for x in nodes if _micro.is_microadam(x)]
 
 
-def _is_microadam(x: Any) -> bool:
-    return isinstance(x, MicroAdamState)
+def _check_inner(state: optax.OptState, params: optax.Params) -> None:
+    """Raises ValueError if a part accumulates as well, or sees another tree."""
+
+    def accumulates(x: Any) -> bool:
+        return isinstance(x, AccumulateState | optax.MultiStepsState)
+
+    nodes = jax.tree.leaves(state, is_leaf=accumulates)
+    if any(map(accumulates, nodes)):
+        raise ValueError(
+            "`tx` must not accumulate micro-batches itself, as `accumulate` and "
+            "optax.MultiSteps do: name the product of both numbers as `every`."
+        )
+    known = set(_paths.of(params))
+    for node in _microadams(state):
+        for path in _paths.of(node.codes):
+            if path not in known:
+                raise ValueError(
+                    "`tx` must give MicroAdam a tree like the parameters, but it makes a "
+                    f"state of {_paths.shown(path)}, which they have not, as "
+                    "optax.flatten does: put that around `accumulate`."
+                )
+
+
+def _check_state(state: Any) -> None:
+    """Raises TypeError if it is the state of something else."""
+    if not isinstance(state, AccumulateState):
+        raise TypeError(
+            f"The state must be an AccumulateState, got a {type(state).__name__}: it was "
+            "made by another transformation, or restored without its structure."
+        )
 
 
 def _check_tree(gradients: optax.Updates, sums: Tree) -> None:

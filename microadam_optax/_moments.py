@@ -92,6 +92,15 @@ def round_product(product: jax.Array) -> jax.Array:
     return round_to(product, 22)
 
 
+def apart(product: jax.Array, factor: jax.Array) -> jax.Array:
+    """A product with a number of at most 1, rounded to float32 before it is added.
+
+    It is the product itself: what is not finite was so before. But XLA cannot know that,
+    and so cannot fuse product and sum, as `round_product` prevents at the cost of a bit.
+    """
+    return jnp.where(jnp.abs(product) < jnp.inf, product, factor)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def round_to(x: jax.Array, mantissa: int) -> jax.Array:
     """float32 rounded to so many bits of mantissa; its derivative is 1, unrounded."""

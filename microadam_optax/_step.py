@@ -78,11 +78,11 @@ def share(gradient: jax.Array, step: Step) -> jax.Array:
     """A micro-batch's part of the mean gradient, rounded to the gradient's dtype."""
     if step.micro is None:
         return gradient
-    # Not in 16 bits, where XLA may leave out the rounding of the quotient.
-    wide = gradient.dtype if gradient.dtype.itemsize > 4 else jnp.float32
-    every = step.micro.every.astype(wide)
-    every = lax.expand_dims(every, range(every.ndim, gradient.ndim))
-    return (gradient.astype(wide) / every).astype(gradient.dtype)
+    # Not in 16 bits, where XLA may leave out the rounding of the product.
+    wide = gradient.astype(gradient.dtype if gradient.dtype.itemsize > 4 else jnp.float32)
+    part = step.micro.share.astype(wide.dtype)
+    part = lax.expand_dims(part, range(part.ndim, wide.ndim))
+    return _moments.apart(wide * part, wide).astype(gradient.dtype)
 
 
 def accumulate(gradient: jax.Array, old: LeafState, bits: int) -> jax.Array:

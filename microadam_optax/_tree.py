@@ -84,9 +84,10 @@ def update(
     leaves, tree = jax.tree_util.tree_flatten_with_path(gradients)
     old = _state.unpack(state, tree)
     layouts = _layouts(options, gradients, old, state.ages)
-    step = _first_step(options, state)
-    new = _update_dense(options, [x for _, x in leaves], old, state.count)
-    token = state.count  # a number that is never negative
+    count, micro = _micro.of(state)
+    step = _first_step(options, state, count)._replace(micro=micro)
+    new = _update_dense(options, [x for _, x in leaves], old, count)
+    token = count  # a number that is never negative
     for number, (gradient, kept, layout) in enumerate(
         zip(jax.tree.leaves(_promoted(gradients, params)), old, layouts, strict=True)
     ):
@@ -102,7 +103,8 @@ def update(
     ages = None if step.ages is None else _moments.older_ages(step.ages)
     results = [new[number] for number in range(len(leaves))]
     states, mixed = [x for _, x in results], state.mu is not None
-    packed = _state.pack(step.count, ages, state.key, states, tree, mixed)
+    after = _micro.counted(step.count, micro)
+    packed = _state.pack(after, ages, state.key, states, tree, mixed)
     return tree.unflatten(x for x, _ in results), packed
 
 
@@ -142,18 +144,17 @@ def _layouts(
     return layouts
 
 
-def _first_step(options: Options, state: MicroAdamState) -> _step.Step:
+def _first_step(options: Options, state: MicroAdamState, count: Any) -> _step.Step:
     """The scalars of a step that all leaves share."""
     b1, b2, eps, eps_root = (jnp.asarray(x, jnp.float32) for x in options.decays)
     ages = None if state.ages is None else _moments.valid_ages(state.ages)
     prng = state.key
     if prng is not None:
         prng = jax.random.wrap_key_data(prng, impl=_step.PRNG)
-        prng = jax.random.fold_in(prng, state.count)
+        prng = jax.random.fold_in(prng, count)
     layer = None if prng is None else _specs.layer()
-    count = optax.safe_increment(state.count)
-    scalars = count, ages, b1, b2, eps, eps_root, prng
-    return _step.Step(*scalars, micro=_micro.current(), layer=layer)
+    scalars = optax.safe_increment(count), ages, b1, b2, eps, eps_root, prng
+    return _step.Step(*scalars, layer=layer)
 
 
 def _update_dense(

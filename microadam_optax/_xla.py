@@ -94,9 +94,14 @@ def _pieces(
 
 
 def _piece(leaf: _Leaf, step: Step, layout: Layout, settings: Settings) -> _Leaf:
-    # The window is read and written in places that XLA sees no order between.
-    state = _chunks.fence(leaf.state, always=step.count >= 0)
-    return _update_cells(leaf._replace(state=state), step, layout, settings)
+    # The window is read and written in places that XLA sees no order between, and so is
+    # the gradient where nothing is selected: the update is 0, whatever the gradient.
+    always = step.count >= 0
+    if settings.density:
+        leaf = leaf._replace(state=_chunks.fence(leaf.state, always))
+    else:
+        leaf = _chunks.fence(leaf, always)
+    return _update_cells(leaf, step, layout, settings)
 
 
 def _update_cells(leaf: _Leaf, step: Step, layout: Layout, settings: Settings) -> _Leaf:

@@ -278,11 +278,41 @@ MUTATIONS = {
         "wide = gradient.dtype",
         "tests/test_accumulate.py::test_kernels_keep_the_same_bits",
     ),
+    "shares added unrounded, in a fused multiply-add": Mutation(
+        "_step.py",
+        "_moments.apart(wide * part, wide)",
+        "(wide * part)",
+        "tests/test_micro_batches.py::test_shares_are_rounded_before_they_are_added",
+    ),
+    "a micro-batch's gradient read and written in no order": Mutation(
+        "_xla.py",
+        "leaf = _chunks.fence(leaf, always)",
+        "leaf = leaf._replace(state=_chunks.fence(leaf.state, always))",
+        "tests/test_micro_batches.py::test_a_gradient_that_is_an_argument_is_copied_once",
+    ),
+    "every micro-batch the last to a part": Mutation(
+        "_micro.py",
+        "number >= every - 1",
+        "number >= 0",
+        f"{MICRO}[xla-4]",
+    ),
+    "steps of a micro-batch in the form of a step's": Mutation(
+        "_micro.py",
+        "return count if micro is None else micro._replace(count=count)",
+        "return count if micro is None else micro",
+        "tests/test_micro_batches.py::test_a_part_that_is_jitted_by_itself",
+    ),
+    "the same micro-batch for all of a vmapped part": Mutation(
+        "_micro.py",
+        "*(jnp.broadcast_to(x, jnp.shape(count)) for x in of)",
+        "*of",
+        "tests/test_micro_batches.py::test_a_part_that_is_vmapped_by_itself",
+    ),
     "shares made before the loops": Mutation(
         "_leaf.py",
         "    carry, last = (gradient, old, token)",
         "    gradient = _step.share(gradient, step)\n"
-        "    micro = step.micro._replace(every=step.micro.every * 0 + 1)\n"
+        "    micro = step.micro._replace(share=step.micro.share * 0 + 1)\n"
         "    step = step._replace(micro=micro)\n"
         "    carry, last = (gradient, old, token)",
         "tests/test_accumulate.py::test_a_training_step_peaks_where_it_does_without",

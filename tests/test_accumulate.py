@@ -409,13 +409,3 @@ def test_another_tree_is_refused():
     params, state = params_and(tx)
     with pytest.raises(ValueError, match=r"no gradient for \['b'\]"):
         tx.update({"w": params["w"]}, state, params)
-
-
-def test_a_transformation_jitted_by_itself_is_refused():
-    inner = microadam(1e-2)
-    jitted = optax.GradientTransformation(inner.init, jax.jit(inner.update))
-    params, state = params_and(jitted)
-    jitted.update(params, state, params)
-    tx = accumulate(jitted, 2)
-    with pytest.raises(ValueError, match="must not be jitted by itself"):
-        tx.update(params, tx.init(params), params)
