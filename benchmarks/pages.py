@@ -5,6 +5,8 @@ import pathlib
 import re
 
 ROOT = pathlib.Path(__file__).parents[1]
+# As the results name them.
+ADAM, DEFAULT, PAPER = "optax.adamw", "(2, 6 %)", "(10, 1 %), all compressed"
 
 
 def load(name: str) -> dict:

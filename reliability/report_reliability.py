@@ -16,7 +16,7 @@ import matplotlib  # noqa: E402
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-import tables  # noqa: E402
+import pages  # noqa: E402
 
 RESULTS = ROOT / "reliability" / "results"
 PAGE = ROOT / "docs" / "reliability.md"
@@ -35,7 +35,7 @@ def fuzz_section(found: dict[str, Any]) -> str:
         f"{found['cases']:,} cases ({found['steps']:,} steps, {found['decisions']:,} "
         f"decisions) from seeds {found['seeds'][0]} to {found['seeds'][1]} without a "
         f"difference. Compared in another way, bit for bit: {others}.\n\n"
-        f"{tables.measured_on(found)}."
+        f"{pages.measured_on(found)}."
     )
 
 
@@ -56,8 +56,8 @@ def long_runs_section(found: dict[str, Any]) -> str:
     header = ["(window, density)", "error, first half", "error, last half"]
     header += ["gap over its bound", "untouched that moved", "padding not zero"]
     return (
-        f"{found['steps']:,} steps:\n\n{tables.table(header, rows)}\n\n"
-        f"{tables.measured_on(found)}."
+        f"{found['steps']:,} steps:\n\n{pages.table(header, rows)}\n\n"
+        f"{pages.measured_on(found)}."
     )
 
 
@@ -71,7 +71,7 @@ def rates_section(found: dict[str, Any]) -> str:
     header = ["mean square of the gradient", *(f"{int(n):,} steps" for n in lengths)]
     return (
         f"![Mean square of the gradient by steps](images/{PICTURE.name})\n\n"
-        f"{tables.table([*header, 'slope'], rows)}\n\n{tables.measured_on(found)}."
+        f"{pages.table([*header, 'slope'], rows)}\n\n{pages.measured_on(found)}."
     )
 
 
@@ -108,7 +108,7 @@ def crash_section(found: dict[str, Any]) -> str:
         f"{found['kills']} kills, {found['amid_a_write']} of them while a checkpoint was "
         f"being written. The restarts went on from steps {steps} and ended with the same "
         f"bits. What is said of a truncated and of a foreign checkpoint:\n\n"
-        f"```text\n{said}\n```\n\n{tables.measured_on(found)}."
+        f"```text\n{said}\n```\n\n{pages.measured_on(found)}."
     )
 
 
@@ -125,8 +125,8 @@ def modes_section(found: dict[str, Any]) -> str:
         for name, part in pairs
     ]
     header = ["mode", "tests of", *(f"passed, jax {x}" for x in versions)]
-    measured = "; ".join(tables.measured_on(one) for one in found.values())
-    return f"{tables.table(header, rows)}\n\n{measured}."
+    measured = "; ".join(pages.measured_on(one) for one in found.values())
+    return f"{pages.table(header, rows)}\n\n{measured}."
 
 
 def _passed(modes: dict[str, Any], name: str, part: str) -> str:
@@ -147,7 +147,7 @@ def installed_section(found: dict[str, Any]) -> str:
         for kind in ("sdist", "wheel")
     ]
     header = ["from the", "installed", "tests"]
-    return f"{tables.table(header, rows)}\n\n{tables.measured_on(found)}."
+    return f"{pages.table(header, rows)}\n\n{pages.measured_on(found)}."
 
 
 SECTIONS = {
@@ -164,7 +164,7 @@ def main() -> None:
     text = PAGE.read_text()
     for section, (name, write) in SECTIONS.items():
         found = load(name)
-        text = tables.fill(text, section, write(found) if found else "Not run yet.")
+        text = pages.fill(text, section, write(found) if found else "Not run yet.")
     PAGE.write_text(text)
 
 

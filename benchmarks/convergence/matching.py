@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+import matching_picture
 import methods
-import pictures
 import study
 import tasks
 from microadam_optax import _moments
@@ -36,8 +36,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 # The exponents of the share of selected entries; None is the literal method.
 WAYS = {"literal": None, "exponent 0.75": 0.75, "exponent 0.5": 0.5}
-
-
 CHOSEN = ("literal", "exponent 0.5")
 
 
@@ -99,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     wanted = [x for x in TRIALS if not args.tasks or any(y in x for y in args.tasks)]
     found = {name: curves(name) for name in wanted}
-    pictures.matching(found, ROOT / "docs" / "images" / "matching.png")
+    matching_picture.draw(found, ROOT / "docs" / "images" / "matching.png")
     return 0
 
 

@@ -28,7 +28,7 @@ from runs import ROOT, Runs, deciding, outcome
 
 sys.path.append(str(ROOT / "benchmarks"))
 
-import tables
+import pages
 
 RECORD = "micro_batches"
 EVERY = (4, 16)
@@ -144,8 +144,8 @@ def section() -> str:
         cells = [cell(runs, name, way, every) for name in TRIALS for every in EVERY]
         title = "optax.MultiSteps" if way == WHOLE else f"accumulate, {way}"
         rows.append([title, *cells])
-    machine = tables.measured_on({"machine": runs.machine})
-    return f"{tables.table(['', *header], rows)}\n\n{machine}."
+    machine = pages.measured_on({"machine": runs.machine})
+    return f"{pages.table(['', *header], rows)}\n\n{machine}."
 
 
 def cell(runs: Runs, name: str, way: str, every: int) -> str:

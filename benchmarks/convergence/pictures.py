@@ -201,50 +201,6 @@ def mechanism(found: dict[str, Any], file: pathlib.Path) -> None:
     save(figure, file)
 
 
-def matching(found: dict[str, dict[str, Any]], file: pathlib.Path) -> None:
-    """Above Adam's best figure by the rate over Adam's: a column a task, a row a way."""
-    titles = [title.rpartition(", ") for of in found.values() for title in of]
-    names, ways = (list(dict.fromkeys(x[i] for x in titles)) for i in (0, 2))
-    figure, all_axes = plt.subplots(
-        len(ways),
-        len(found),
-        figsize=(2.5 + 3.2 * len(found), 1 + 2.4 * len(ways)),
-        squeeze=False,
-        sharex=True,
-        sharey="col",
-        layout="constrained",
-    )
-    for column, (task, by_title) in zip(all_axes.T, found.items(), strict=True):
-        column[0].set_title(task)
-        column[-1].set_xlabel("learning rate over Adam's best")
-        column[0].set_ylim(*_without("(10, 1 %)", by_title))
-        for axes, way in zip(column, ways, strict=True):
-            for i, name in enumerate(names):
-                scores = by_title.get(f"{name}, {way}", {})
-                axes.plot(
-                    list(scores), list(scores.values()), "o-", color=f"C{i}", label=name
-                )
-            if way not in {title.rpartition(", ")[2] for title in by_title}:
-                axes.text(1, 0, "not run", ha="center", va="bottom", color="0.5")
-            axes.axhline(0, color="black", linewidth=1)
-            axes.set(xscale="log")
-            axes.set_xticks([0.5, 1, 2], ["0.5", "1", "2"])
-            axes.minorticks_off()
-    for axes, way in zip(all_axes[:, 0], ways, strict=True):
-        axes.set_ylabel(way)
-    figure.supylabel("loss (or error rate) above Adam's best")
-    handles, labels = all_axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize="small")
-    save(figure, file)
-
-
-def _without(name: str, by_title: dict[str, Any]) -> tuple[float, float]:
-    """Limits that show all but one setting, whose scores would flatten the others."""
-    shown = [y for x, of in by_title.items() if name not in x for y in of.values()]
-    room = 0.05 * (max(shown) - min(shown))
-    return min(*shown, 0) - room, max(shown) + room
-
-
 def state_bytes(held: dict[str, float], file: pathlib.Path) -> None:
     """Bytes of state a parameter by optimizer."""
     figure, axes = plt.subplots(figsize=(WIDTH, 3.6), layout="constrained")

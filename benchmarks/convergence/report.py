@@ -15,7 +15,8 @@ from runs import RESULTS, ROOT, Outcome, by_rate, deciding, outcome
 
 sys.path.append(str(ROOT / "benchmarks"))
 
-import tables
+import pages
+import time_tables
 
 DOCS = ROOT / "docs"
 IMAGES = DOCS / "images"
@@ -56,7 +57,7 @@ def table(found: list[Outcome], reference: Outcome | None) -> str:
                 against,
             ]
         )
-    return tables.table(header, rows)
+    return pages.table(header, rows)
 
 
 def adam_of(found: list[Outcome]) -> Outcome | None:
@@ -109,7 +110,7 @@ def with_missing(found: list[Outcome], wanted: list[str]) -> str:
 def measured_on(name: str) -> str:
     runs = study.record(name)
     command = f"python benchmarks/convergence/study.py {name}"  # a part of it or all
-    return tables.measured_on({"machine": {**runs.machine, "command": command}})
+    return pages.measured_on({"machine": {**runs.machine, "command": command}})
 
 
 def windows_section(name: str) -> str:
@@ -146,7 +147,7 @@ def quality_section() -> str:
                 for x in map(known.get, wanted)
             ]
             rows.append([f"{one.about}; {steps:,} steps, {what}", *means])
-    return tables.table(["mean ± spread", *wanted], rows)
+    return pages.table(["mean ± spread", *wanted], rows)
 
 
 def overview_section() -> str:
@@ -178,7 +179,7 @@ def rates_section() -> str:
                 ratio = ""
             ratios.setdefault(method, []).append(ratio)
     rows = [[method, *row] for method, row in ratios.items()]
-    return tables.table(["best learning rate over Adam's", *names], rows)
+    return pages.table(["best learning rate over Adam's", *names], rows)
 
 
 def load(name: str) -> dict[str, Any]:
@@ -197,7 +198,7 @@ def rosenbrock_section() -> str:
     header = [f"value after {found['steps']:,} steps, by learning rate", *rates]
     return (
         "![Four paths on the Rosenbrock function](images/rosenbrock.png)\n\n"
-        f"{tables.table(header, rows)}\n\n{tables.measured_on(found)}."
+        f"{pages.table(header, rows)}\n\n{pages.measured_on(found)}."
     )
 
 
@@ -219,7 +220,7 @@ def mechanism_section() -> str:
     header += [f"cosine over {h}" for h in horizons]
     return (
         "![After a selection, and agreement with Adam](images/mechanism.png)\n\n"
-        f"{tables.table(header, rows)}\n\n{tables.measured_on(found)}."
+        f"{pages.table(header, rows)}\n\n{pages.measured_on(found)}."
     )
 
 
@@ -235,7 +236,7 @@ def main() -> None:
     sections["rosenbrock"] = rosenbrock_section()
     sections["mechanism"] = mechanism_section()
     for name, content in sections.items():
-        text = tables.fill(text, name, content)
+        text = pages.fill(text, name, content)
     page.write_text(text)
     for other, mark, content in (
         (ROOT / "README.md", "quality", sections["quality"]),
@@ -243,11 +244,11 @@ def main() -> None:
         (DOCS / "tuning.md", "rates", rates_section()),
         (DOCS / "layerwise.md", "micro-batches", micro_batches.section()),
     ):
-        other.write_text(tables.fill(other.read_text(), mark, content))
-    held = tables.load("memory")["state_bytes_a_parameter"]["Llama-2-7B"]
+        other.write_text(pages.fill(other.read_text(), mark, content))
+    held = pages.load("memory")["state_bytes_a_parameter"]["Llama-2-7B"]
     named = {f"MicroAdam {x}" if x.startswith("(") else x: y for x, y in held.items()}
     pictures.state_bytes(named, IMAGES / "state_bytes.png")
-    pictures.speed(tables.ratios(tables.load("step_time")), IMAGES / "speed.png")
+    pictures.speed(time_tables.ratios(pages.load("step_time")), IMAGES / "speed.png")
 
 
 if __name__ == "__main__":
