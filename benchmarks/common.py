@@ -39,9 +39,7 @@ def machine() -> dict[str, str]:
     }
 
 
-def report(
-    name: str, results: dict, folder: str | None = None, say: bool = True
-) -> None:
+def report(name: str, results: dict, folder: str | None = None, say: bool = True) -> None:
     """Writes NAME.json, with the machine it was measured on, to benchmarks/results."""
     own = pathlib.Path(__file__).parent / "results"
     path = pathlib.Path(folder or own) / f"{name}.json"

@@ -1,6 +1,6 @@
 """Checks the kernels on the GPU that is here, and times them against their peers.
 
-    python benchmarks/gpu.py check     every case, 50 steps, against XLA here and on the CPU
+    python benchmarks/gpu.py check     every case, 50 steps, against XLA on GPU and CPU
     python benchmarks/gpu.py time      a step of the optimizer, 1e9 and 1e8 parameters
     python benchmarks/gpu.py whole     training steps of models of 1.7e9 and 6.7e9
     python benchmarks/gpu.py tune      rows and warps of a program of the kernel
@@ -31,8 +31,8 @@ def check(args: argparse.Namespace) -> list[str]:
 
     steps = 2 if args.tiny else gpu_check.STEPS
     cases = gpu_check.run(args.threads, steps, args.only)
-    contexts = {} if args.only else gpu_check.contexts()
-    print(f"None in programs: {contexts}")
+    contexts = {} if args.only else gpu_check.contexts() | gpu_check.micro_batches()
+    print(f"None in programs, and micro-batches: {contexts}")
     report("gpu_check", {"cases": cases, "contexts": contexts}, args.output)
     found = cases | contexts
     return [name for name, result in found.items() if not result["passed"]]

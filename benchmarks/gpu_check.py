@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 import kernel_cases
-from microadam_optax import PAPER, microadam, scale_by_microadam
+from microadam_optax import PAPER, accumulate, microadam, scale_by_microadam
 
 STEPS = 50
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -129,6 +129,26 @@ def contexts() -> dict[str, dict[str, Any]]:
         worst = float(jnp.max(apart))
         found[f.__name__] = {"kernel": kernel, "worst": worst}
         found[f.__name__]["passed"] = kernel and worst <= 1e-8
+    return found
+
+
+def micro_batches(every: int = 3, steps: int = 12) -> dict[str, dict[str, Any]]:
+    """Numbers of the state that differ from XLA's where gradients are accumulated."""
+    found = {}
+    for (name, settings), dtype in itertools.product(SETTINGS.items(), ("f32", "bf16")):
+        kernel, xla = (
+            accumulate(scale_by_microadam(**settings, implementation=x), every)
+            for x in (kernel_here(), "xla")
+        )
+        ours, theirs = jax.jit(kernel.update), jax.jit(xla.update)
+        shape = (16, 2048)
+        state, differing = kernel.init(jnp.zeros(shape, DTYPES[dtype])), 0
+        for gradient in kernel_cases.gradients(shape, DTYPES[dtype], steps):
+            (_, new), (_, want) = (f(gradient, state) for f in (ours, theirs))
+            same = jax.tree.map(lambda a, b: int(jnp.sum(a != b)), new, want)
+            differing, state = differing + sum(jax.tree.leaves(same)), new
+        label = f"{name}, {dtype}, {every} micro-batches"
+        found[label] = {"differing": differing, "passed": differing == 0}
     return found
 
 

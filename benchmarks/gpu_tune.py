@@ -23,7 +23,9 @@ def transformation(settings: dict[str, Any]) -> Any:
     return scale_by_microadam(**settings, implementation=kernel_here())
 
 
-def run(keep: Callable, threads: int, dtype: str = "bfloat16", tiny: bool = False) -> None:
+def run(
+    keep: Callable, threads: int, dtype: str = "bfloat16", tiny: bool = False
+) -> None:
     """Seconds of each number of rows and warps, for each setting."""
     steps = 2 if tiny else 10
     original, jobs, rows = gpu.update, [], []
@@ -53,7 +55,9 @@ def run(keep: Callable, threads: int, dtype: str = "bfloat16", tiny: bool = Fals
         number = sum(x.size for x in gradients[block][0])
         each = found["seconds"] / number * 1e12
         rows.append({**label, "picoseconds_a_parameter": each})
-        print(f"  {block} {name:10} {rows_} rows {warps} warps {each:7.2f} ps", flush=True)
+        print(
+            f"  {block} {name:10} {rows_} rows {warps} warps {each:7.2f} ps", flush=True
+        )
         keep({"dtype": dtype, "rows": rows})
 
 

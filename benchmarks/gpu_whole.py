@@ -30,7 +30,7 @@ STEPS = 6
 
 
 def one(model_name: str, optimizer: str) -> None:
-    """Compiles a case, says so, waits for a line, and runs it: in a process of its own."""
+    """Compiles a case, says so, waits for a line, and runs it; wants its own process."""
     import gpu_memory
     from gpu_steps import MODELS, init, shapes
 

@@ -70,7 +70,11 @@ CASES = {
     "(10, 1 %), 11008 columns": ((4096, 11008), "bfloat16", PAPER),
     "(2, 6 %), 11008 columns": ((4096, 11008), "bfloat16", DEFAULT),
     "(10, 1 %), 768 columns": ((3072, 768), "bfloat16", PAPER),
-    "(1, 25 %), 11008 columns": ((4096, 11008), "bfloat16", {"window": 1, "density": 0.25}),
+    "(1, 25 %), 11008 columns": (
+        (4096, 11008),
+        "bfloat16",
+        {"window": 1, "density": 0.25},
+    ),
     "(2, 25 %)": ((4096, 4096), "bfloat16", {"window": 2, "density": 0.25}),
 }
 
@@ -140,14 +144,15 @@ def passes(k: int, block: int, rows: int = 500) -> float:
     x = np.random.default_rng(0).standard_normal((rows, block)).astype(np.float32)
     total = 0
     for keys in np.abs(x).view(np.int32).astype(np.int64):
-        low, high, reached, leap = 0, keys.max() + 1, 0, 2 << 23
-        while reached < k and high - low > 1:
-            middle = max(low + (high - low) // 2, high - leap)
-            count, leap, total = (keys >= middle).sum(), 2 * leap, total + 1
-            if count > k:
-                low = middle
-            else:
-                high, reached = middle, count
+        width, reached = 1 << 21, 0
+        while reached < k:
+            width, total = 4 * width, total + 1
+            low = max(keys.max() + 1 - 2 * width, 0)
+            reached = (keys >= low).sum()
+        while reached > k and width > 1 << 13:
+            count, total = (keys >= low + width).sum(), total + 1
+            low, reached = (low + width, count) if count >= k else (low, reached)
+            width //= 2
     return total / rows
 
 

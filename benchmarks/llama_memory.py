@@ -26,10 +26,9 @@ from microadam_optax.memory import array_bytes
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 
 import llama
-from llama_config import Config
-
 import llama_optimizers
 import llama_step
+from llama_config import Config
 
 BATCH, LENGTH = 1, 2048
 RATE, STEPS = 1e-4, 100  # play no part in what is held

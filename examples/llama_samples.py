@@ -4,11 +4,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import llama
 import numpy as np
-from llama_config import Config
 
+import llama
 from instructions import Encoder
+from llama_config import Config
 from llama_step import Batch, Params, hidden
 
 NUMBER, NEW = 2, 24  # prompts, tokens after each

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import llama
 import optax
 from jax import lax
-from llama_config import Config
 
+import llama
+from llama_config import Config
 from microadam_optax import apply_updates_stochastic, layerwise
 
 Params = dict[str, Any]

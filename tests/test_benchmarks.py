@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import common
-import gpu
+import gpu_check
+import gpu_time
 import kernel_cases
 import kernels
 import memory
@@ -68,16 +69,17 @@ def test_what_each_optimizer_sends():
 
 @pytest.mark.slow
 def test_the_check_of_a_gpu_finds_no_difference_here():
-    found = gpu.check(*kernel_cases.CASES["window 2"], steps=3)
+    found = gpu_check.check(*kernel_cases.CASES["window 2"], steps=3)
     assert found["passed"]
-    assert found["codes"] == found["other_state"] == 0
+    for other in ("xla", "cpu"):
+        assert found[other]["codes"] == found[other]["other_state"] == 0
 
 
 @pytest.mark.slow
 def test_the_check_of_a_gpu_can_fail(monkeypatch):
-    monkeypatch.setattr(gpu, "kernel_here", lambda: "xla")
+    monkeypatch.setattr(gpu_check, "kernel_here", lambda: "xla")
     cases = {"density": 0.05}
-    original = gpu.scale_by_microadam
+    original = gpu_check.scale_by_microadam
 
     def other(implementation, density, dense):
         more = 0.1 if implementation == "xla" and other.called else density
@@ -86,20 +88,19 @@ def test_the_check_of_a_gpu_can_fail(monkeypatch):
         return original(**settings, implementation=implementation)
 
     other.called = False
-    monkeypatch.setattr(gpu, "scale_by_microadam", other)
-    assert not gpu.check((4, 256), jax.numpy.float32, cases, steps=2)["passed"]
+    monkeypatch.setattr(gpu_check, "scale_by_microadam", other)
+    assert not gpu_check.check((4, 256), jax.numpy.float32, cases, steps=2)["passed"]
 
 
-@pytest.mark.filterwarnings("ignore:Some donated buffers")  # gradients, in no output
 @pytest.mark.slow
 def test_a_measurement_on_a_gpu_counts_what_must_move():
-    params = [jax.numpy.ones((64, 64))]
-    tx = gpu.peers(small=True)["MicroAdam (2, 6 %), kernel"]
-    row = gpu.measure(tx, params, params, apply=True, steps=1)
+    tx = gpu_time.peers()["MicroAdam (2, 6 %), kernel"]
+    compiled, row = gpu_time.compile_step(tx, True, [(64, 64)], "float32")
     rows, k = 16, 16  # blocks of 256
     state = 2 * rows * (128 + 4) + rows * k * 3 + 2 * (4 + 4)  # and count and ages
     assert row["least_bytes"] == 3 * 64 * 64 * 4 + state
-    assert row["seconds"] > 0
+    gradients = [gpu_time.made([(64, 64)], "float32", seed) for seed in (0, 1)]
+    assert gpu_time.measure(tx, compiled, gradients, 2, apply=True)["seconds"] > 0
 
 
 @pytest.mark.parametrize(("k", "block"), [(5, 64), (31, 256), (64, 256)])

@@ -6,12 +6,10 @@ largest magnitudes by the bits of the float, an order that the hardware reduces 
 one instruction: a few one by one, more by bisection, counting how many reach a
 threshold until exactly k do. What is left is quantized again.
 
-At window 1 the update is a function of each selected element, and nothing else is
-read or written. At longer windows most elements of a row have no entry: zeros are
-written, and over them the updates of the entries, through their indices. First those
-selected now, read back from the slot that they were stored in; then the older ones,
-where entries of several slots at one place are summed by comparing all with each
-other, and what was selected there now is computed once more.
+The update of what is selected now is a function of each element. At longer windows the
+updates of older entries are written over it, through their indices: entries of several
+slots at one place are summed by comparing all with each other, and what was selected
+there now is computed once more.
 
 Everything old is read before anything is written, because the update takes the place
 of the gradient and the new state that of the old. The arithmetic is that of
@@ -35,7 +33,6 @@ from microadam_optax import _moments
 from microadam_optax._kernels import _rows, _select, gpu_memory, gpu_numbers, gpu_window
 from microadam_optax._kernels._rows import Launch, Rows, Scalars, Updated
 from microadam_optax._kernels.gpu_memory import Place
-
 
 _LARGEST = int(np.float32(_moments.LARGEST).view(np.int32))  # that is not bounded
 
@@ -80,9 +77,7 @@ def update_rows(
 
     whole = functools.partial(gpu_numbers.whole, launch=launch)
     _store_error(new, place, lanes, _rows.quantize(rest, launch.bits, whole), store)
-    updates = rescale(
-        [_rows.moments(gpu_numbers.rounded(x, launch)) for x in newest]
-    )
+    updates = rescale([_rows.moments(gpu_numbers.rounded(x, launch)) for x in newest])
     for i, x, mask in zip(lanes.positions, updates, lanes.inside, strict=True):
         store(new.update, (place.cell, place.begin + i), x, mask)
     if older is None:
@@ -126,8 +121,10 @@ def _accumulate(
     zero: jax.Array,
     launch: Launch,
 ) -> list[jax.Array]:
-    """Gradient and error, in one rounding as in two, since the error is a whole multiple
-    of the step, exact; zeros where an element is padding or is not."""
+    """Gradient and error; zeros where an element is padding or is not.
+
+    One rounding is as good as two: the error, a whole multiple of the step, is exact.
+    """
     pairs = zip(lanes.columns, lanes.filled, strict=True)
     bytes_ = [gpu_memory.load(old.codes, (place.row, i), mask) for i, mask in pairs]
     errors = [

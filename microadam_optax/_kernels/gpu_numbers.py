@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton
 
-from microadam_optax import _moments, _quantize
+from microadam_optax import _moments
 from microadam_optax._kernels import _rows
 from microadam_optax._kernels._rows import Launch
 
@@ -87,12 +87,12 @@ def _approximate(function: str, x: jax.Array) -> jax.Array:
 
 
 def _elementwise(instruction: str, *args: jax.Array) -> jax.Array:
-    args = jnp.broadcast_arrays(*args)
+    same = jnp.broadcast_arrays(*args)
     (result,) = triton.elementwise_inline_asm(
         instruction,
-        args=args,
-        constraints=",".join(["=f", *["f"] * len(args)]),
+        args=same,
+        constraints=",".join(["=f", *["f"] * len(same)]),
         pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, jnp.float32)],
+        result_shape_dtypes=[jax.ShapeDtypeStruct(same[0].shape, jnp.float32)],
     )
     return result
