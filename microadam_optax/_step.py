@@ -78,11 +78,15 @@ def share(gradient: jax.Array, step: Step) -> jax.Array:
     """A micro-batch's part of the mean gradient, rounded to the gradient's dtype."""
     if step.micro is None:
         return gradient
-    # Not in 16 bits, where XLA may leave out the rounding of the product.
+    # Not in 16 bits, where XLA may leave out the rounding of the product; and XLA for
+    # GPUs leaves out a pair of conversions, but not `reduce_precision`.
     wide = gradient.astype(gradient.dtype if gradient.dtype.itemsize > 4 else jnp.float32)
     part = step.micro.share.astype(wide.dtype)
     part = lax.expand_dims(part, range(part.ndim, wide.ndim))
-    return _moments.apart(wide * part, wide).astype(gradient.dtype)
+    product = _moments.apart(wide * part, wide)
+    if gradient.dtype == jnp.bfloat16:
+        product = lax.reduce_precision(product, 8, 7)
+    return product.astype(gradient.dtype)
 
 
 def accumulate(gradient: jax.Array, old: LeafState, bits: int) -> jax.Array:
