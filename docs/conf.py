@@ -18,6 +18,9 @@ extensions = [
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 autodoc_typehints = "none"
+napoleon_attr_annotations = False
+napoleon_use_ivar = True
+default_role = "py:obj"  # of the docstrings' backquotes: a link, or code
 html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "microadam_optax"
@@ -33,7 +36,9 @@ def mathml(block):
         equation = latex2mathml.converter.convert(
             node.astext(), display="block" if block else "inline"
         )
-        self.body.append(f'<div class="math">{equation}</div>' if block else equation)
+        # What is joined to it, such as a comma, stays on its line.
+        shown = f'<div class="math">{equation}</div>' if block else f"{equation}&#8288;"
+        self.body.append(shown)
         raise nodes.SkipNode
 
     return visit, None
