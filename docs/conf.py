@@ -36,9 +36,7 @@ def mathml(block):
         equation = latex2mathml.converter.convert(
             node.astext(), display="block" if block else "inline"
         )
-        # What is joined to it, such as a comma, stays on its line.
-        shown = f'<div class="math">{equation}</div>' if block else f"{equation}&#8288;"
-        self.body.append(shown)
+        self.body.append(f'<div class="math">{equation}</div>' if block else equation)
         raise nodes.SkipNode
 
     return visit, None

@@ -22,7 +22,7 @@ IMAGES = DOCS / "images"
 COMPARED = {  # the studies in the table of rates
     "digits": ("digits",),
     "language": ("language", "language_windows"),
-    "language, fine-tuned": ("language_finetuned",),
+    "fine-tuned": ("language_finetuned",),
     "MiniLM": ("bert",),
 }
 
