@@ -50,6 +50,10 @@ def shown_rows(results: dict) -> list[dict]:
     return [row for row in rows if OMITTED not in row["optimizer"]]
 
 
+def shown_name(row: dict) -> str:
+    return row["optimizer"].replace(OMITTED, "without its kernel")
+
+
 def llama_peaks(results: dict) -> list[Peak]:
     """The bars of the first picture."""
     found = {row["optimizer"]: row for row in plain_rows(results, LLAMA)}
@@ -66,7 +70,8 @@ def card_of(gigabytes: float) -> str:
 
 def gpu_peak_table(results: dict) -> str:
     """Bytes a parameter of a whole step on a GPU, a table for each model and dtype."""
-    header = ["optimizer", *PARTS, "peak", "MultiSteps", "accumulate"]
+    header = ["optimizer", "params", "grads", "state", "other temporary", "peak"]
+    header += ["MultiSteps", "accumulate"]
     found, tables = {row["line"]: row for row in results["rows"]}, []
     for model, dtype in dict.fromkeys((x["model"], x["dtype"]) for x in results["rows"]):
         plain = plain_rows(results, model, dtype)
@@ -79,7 +84,7 @@ def gpu_peak_table(results: dict) -> str:
                 *(x and x["peak"] for x in more),
             ]
             rows.append(
-                [row["optimizer"], *("" if x is None else f"{x:.2f}" for x in figures)]
+                [shown_name(row), *("" if x is None else f"{x:.2f}" for x in figures)]
             )
         number = f"{plain[0]['number']:,} {dtype} parameters."
         tables.append(f"{number}\n\n{table(header, rows)}")
@@ -98,7 +103,7 @@ def layerwise_table(results: dict) -> str:
     for row in sorted(shown, key=lambda row: row["peak"]):
         held = row["peak"] * row["number"] / 1e9
         figures = [f"{row['peak']:.2f}", f"{held:.1f} GB", card_of(held)]
-        rows.append([row["optimizer"], *figures])
+        rows.append([shown_name(row), *figures])
     header = ["optimizer", "bytes a parameter at the peak", "in all", "fits a card of"]
     return f"{table(header, rows)}\n\n{measured_on(results)}."
 

@@ -19,6 +19,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     # No line ends within a figure or a setting.
     text = re.sub(r"\((\d+), (\d+) %\)", "(\\1,\u00a0\\2\u00a0%)", text)
+    text = re.sub(r"(\d) (GB|MB|s|ms|times)\b", "\\1\u00a0\\2", text)
+    text = re.sub(r"(?<=\d) x (?=\d)", "\u00a0x\u00a0", text)
     return text.replace(" %", "\u00a0%").replace(" ± ", "\u00a0±\u00a0")
 
 

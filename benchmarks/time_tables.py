@@ -47,9 +47,9 @@ def readme_speed_table() -> str:
 
 def step_table(results: dict) -> str:
     """Whole steps and updates alone, for each size, setting and number of cores."""
-    header = ["parameters", "(window, density)", "blocks", "cores"]
+    header = ["size", "(window, density)", "blocks", "cores"]
     for step in ("step", "update"):
-        header += [f"{step}: adamw, ns", "MicroAdam, ns", "ratio"]
+        header += [f"{step}: adamw", "MicroAdam", "ratio"]
     found: dict[tuple, dict[bool, list[str]]] = {}
     for row in results["rows"]:
         of = f"{row['millions']}M", row["setting"], row["blocks"], str(row["cores"])

@@ -3,15 +3,14 @@
 python benchmarks/convergence/report.py
 """
 
-import json
 import sys
-from typing import Any
 
+import demonstrations
 import methods
 import micro_batches
 import pictures
 import study
-from runs import RESULTS, ROOT, Outcome, by_rate, deciding, outcome
+from runs import ROOT, Outcome, by_rate, deciding, outcome
 
 sys.path.append(str(ROOT / "benchmarks"))
 
@@ -20,6 +19,12 @@ import time_tables
 
 DOCS = ROOT / "docs"
 IMAGES = DOCS / "images"
+COMPARED = {  # the studies in the table of rates
+    "digits": ("digits",),
+    "language": ("language", "language_windows"),
+    "fine-tuned": ("language_finetuned",),
+    "MiniLM": ("bert",),
+}
 
 
 def outcomes(name: str, steps: int, only: list[str] | None = None) -> list[Outcome]:
@@ -166,62 +171,23 @@ def overview_section() -> str:
 
 def rates_section() -> str:
     """The best learning rate of each setting over Adam's, by study."""
-    names = [x for x in study.STUDIES if study.record(x).rows]
-    ratios: dict[str, list[str]] = {}
+    columns = [best_rates(names) for names in COMPARED.values()]
+    rows = [
+        [method.removeprefix("MicroAdam "), *(x.get(method, "") for x in columns)]
+        for method in [methods.PAPER, *methods.WINDOWS]
+    ]
+    return pages.table(["(window, density)", *COMPARED], rows)
+
+
+def best_rates(names: tuple[str, ...]) -> dict[str, str]:
+    """By method, over Adam's best, in the first of these studies that has it."""
+    found: dict[str, str] = {}
     for name in names:
-        one = study.STUDIES[name]
-        adam = adam_of(outcomes(name, one.steps, ["Adam"]))
-        known = {x.method: x for x in outcomes(name, one.steps)}
-        for method in [methods.PAPER, *methods.WINDOWS]:
-            if method in known and adam:
-                ratio = f"{known[method].rate / adam.rate:g}"
-            else:
-                ratio = ""
-            ratios.setdefault(method, []).append(ratio)
-    rows = [[method, *row] for method, row in ratios.items()]
-    return pages.table(["best learning rate over Adam's", *names], rows)
-
-
-def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def rosenbrock_section() -> str:
-    found = load("rosenbrock")
-    pictures.rosenbrock(found, IMAGES / "rosenbrock.png")
-    some = found["optimizers"]
-    rates = next(iter(some.values()))["last_values"]
-    rows = [
-        [name, *(f"{value:.2g}" for value in one["last_values"].values())]
-        for name, one in some.items()
-    ]
-    header = [f"value after {found['steps']:,} steps, by learning rate", *rates]
-    return (
-        "![Four paths on the Rosenbrock function](images/rosenbrock.png)\n\n"
-        f"{pages.table(header, rows)}\n\n{pages.measured_on(found)}."
-    )
-
-
-def mechanism_section() -> str:
-    found = load("mechanism")
-    pictures.mechanism(found, IMAGES / "mechanism.png")
-    rows = [
-        [
-            name,
-            f"{sum(found['after_selection'][name]):.1f}",
-            f"{found['after_selection'][name][0]:.1f}",
-            f"{100 * one['moving']:.0f} %",
-            *(f"{value:.2f}" for value in one["cosine"].values()),
-        ]
-        for name, one in found["along_adam"].items()
-    ]
-    horizons = next(iter(found["along_adam"].values()))["cosine"]
-    header = ["(window, density)", "moves in all", "at once", "coordinates moving"]
-    header += [f"cosine over {h}" for h in horizons]
-    return (
-        "![After a selection, and agreement with Adam](images/mechanism.png)\n\n"
-        f"{pages.table(header, rows)}\n\n{pages.measured_on(found)}."
-    )
+        steps = study.STUDIES[name].steps
+        adam = adam_of(outcomes(name, steps, ["Adam"]))
+        for one in outcomes(name, steps) if adam else []:
+            found.setdefault(one.method, f"{one.rate / adam.rate:g}")
+    return found
 
 
 def main() -> None:
@@ -233,8 +199,8 @@ def main() -> None:
     sections["digits windows"] = windows_section("digits")
     sections["language windows"] = windows_section("language_windows")
     sections["quality"] = quality_section()
-    sections["rosenbrock"] = rosenbrock_section()
-    sections["mechanism"] = mechanism_section()
+    sections["rosenbrock"] = demonstrations.rosenbrock_section()
+    sections["mechanism"] = demonstrations.mechanism_section()
     for name, content in sections.items():
         text = pages.fill(text, name, content)
     page.write_text(text)
