@@ -4,25 +4,19 @@ import math
 
 from pages import measured_on, table
 
-# Of an H200, by its data sheet, and what (10, 1 %) moves for a bfloat16 parameter: its
-# gradient, codes and range in and out, its share of the window in and of a slot out.
-CORES, ISSUED, CLOCK, MEMORY = 132, 4, 1.98e9, 4.8e12
-LEAST = 2 * (2 + 1 / 2 + 4 / 256) + 27 * 3 / 256 * (1 + 1 / 9)
-
 
 def gpu_code_table(results: dict) -> str:
     """What the compiler made of the GPU kernel, and XLA's program beside it."""
-    header = ["(window, density)", "block", "k", "registers", "instructions", "passes"]
-    header += ["in all", "operations", "temporary"]
+    header = ["(window, density)", "block", "k", "registers", "instructions"]
+    header += ["operations", "temporary"]
     rows = results["NVIDIA H200"]
     return (
         f"{table(header, [gpu_code_row(row) for row in rows])}\n\n"
-        f"{compiled_on(results)}.\n\n{without_kernel(rows)} {arithmetic(rows[0])}"
+        f"{compiled_on(results)}.\n\n{without_kernel(rows)}"
     )
 
 
 def gpu_code_row(row: dict) -> list[str]:
-    a_pass, passes = row["instructions_a_pass"], row["passes"]
     held = (row[key] / 1e6 for key in ("temporary_bytes", "xla_temporary_bytes"))
     spilled = f", {row['spilled_bytes']} B spilled" if row["spilled_bytes"] else ""
     return [
@@ -31,8 +25,6 @@ def gpu_code_row(row: dict) -> list[str]:
         str(row["k"]),
         f"{row['registers']}{spilled}",
         str(row["instructions"]),
-        f"{passes:.1f} of {a_pass}" if a_pass else "",
-        f"{row['instructions'] + a_pass * passes:.0f}",
         f"{row['kernels']} / {row['xla_kernels']}",
         " / ".join(f"{megabytes:.0f}" for megabytes in held) + " MB",
     ]
@@ -46,19 +38,6 @@ def without_kernel(rows: list[dict]) -> str:
         "Without the kernel, and with a leaf in one piece, XLA holds "
         f"{min(held):.1f} to {max(held):.1f} times the "
         "bytes of a bfloat16 leaf in temporary memory."
-    )
-
-
-def arithmetic(row: dict) -> str:
-    """The least times of a case, by its instructions and by the bytes it moves."""
-    instructions = row["instructions"] + row["instructions_a_pass"] * row["passes"]
-    issued = 1e9 / row["block"] * instructions / (CORES * ISSUED * CLOCK)
-    return (
-        f"By arithmetic alone, {CORES} multiprocessors that issue {ISSUED} instructions "
-        f"in each of {CLOCK / 1e9:.2f}e9 cycles a second need {issued * 1e3:.1f} ms for "
-        f"1e9 parameters at {instructions:.0f} instructions a block; memory of "
-        f"{MEMORY / 1e12:.1f} TB/s needs {LEAST / MEMORY * 1e12:.1f} ms to move "
-        f"{LEAST:.1f} bytes for each of them."
     )
 
 

@@ -111,49 +111,18 @@ def kernel_ptx() -> pathlib.Path:
 
 
 def account(ptx: pathlib.Path) -> dict:
-    """Registers, spills, and instructions: once, in a pass of a loop, for ties."""
+    """Registers, spills, and instructions, those of rare cases among them."""
     binary = ptx.with_suffix(".cubin")
     said = run(tool("ptxas"), "-v", "-arch=sm_90a", str(ptx), "-o", str(binary))
     listing = run(tool("cuobjdump"), "-sass", str(binary))
-    line = r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)(.*?);"
-    code = [(int(at, 16), op, rest) for at, op, rest in re.findall(line, listing)]
-    code = [(at, op, rest) for at, op, rest in code if op != "NOP"]
-    loop = ties = 0
-    for at, op, rest in code:
-        target = re.search(r"0x([0-9a-f]+)", rest)
-        if op == "BRA" and target and int(target[1], 16) != at:
-            span = (int(target[1], 16) - at) // 16
-            loop, ties = max(loop, -span), max(ties, span)
-    if ties < 50:  # no branch around the breaking of ties
-        ties = 0
-    loop = loop if ties else 0  # what bisects; other loops are inside the ties
+    operation = r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z]\w*)"
+    code = [op for op in re.findall(operation, listing) if op != "NOP"]
     return {
         "registers": int(re.search(r"Used (\d+) registers", said)[1]),
         "spilled_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", said))),
-        "instructions": len(code) - ties - loop,
-        "instructions_a_pass": loop,
-        "instructions_for_ties": ties,
-        "commonest": collections.Counter(
-            op.split(".")[0] for _, op, _ in code
-        ).most_common(8),
+        "instructions": len(code),
+        "commonest": collections.Counter(code).most_common(8),
     }
-
-
-def passes(k: int, block: int, rows: int = 500) -> float:
-    """How many passes the bisection takes on normal numbers, by the kernel's rule."""
-    x = np.random.default_rng(0).standard_normal((rows, block)).astype(np.float32)
-    total = 0
-    for keys in np.abs(x).view(np.int32).astype(np.int64):
-        width, reached = 1 << 21, 0
-        while reached < k:
-            width, total = 4 * width, total + 1
-            low = max(keys.max() + 1 - 2 * width, 0)
-            reached = (keys >= low).sum()
-        while reached > k and width > 1 << 13:
-            count, total = (keys >= low + width).sum(), total + 1
-            low, reached = (low + width, count) if count >= k else (low, reached)
-            width //= 2
-    return total / rows
 
 
 def compilers() -> dict[str, str]:
@@ -182,7 +151,6 @@ def for_gpu(device) -> list[dict]:
         block = state.codes.shape[-1] * 8 // settings.get("error_bits", 4)
         k = math.ceil(round(settings["density"] * block, 6))
         row |= {"block": block, "k": k}
-        row["passes"] = passes(k, block) if row["instructions_a_pass"] else 0
         row["temporary_bytes"] = compiled.memory_analysis().temp_size_in_bytes
         plain = compile_for(device, shape, dtype, "xla", **settings)
         row["xla_temporary_bytes"] = plain.memory_analysis().temp_size_in_bytes
@@ -191,8 +159,7 @@ def for_gpu(device) -> list[dict]:
         rows.append(row)
         print(
             f"{name:26} block {block:3}, k {row['k']:2}: {row['registers']:3} registers, "
-            f"{row['spilled_bytes']} bytes spilled, {row['instructions']} instructions + "
-            f"{row['passes']:.1f} passes of {row['instructions_a_pass']}"
+            f"{row['spilled_bytes']} bytes spilled, {row['instructions']} instructions"
         )
     return rows
 

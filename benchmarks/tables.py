@@ -16,6 +16,8 @@ from gpu_memory_tables import (
     llama_table,
     parts_figure,
 )
+from gpu_tables import checks, readme_sentences, time_table, whole_table
+from gpu_tables import overview as on_a_gpu
 from kernel_tables import gpu_code_table, tpu_code_table
 from memory_tables import (
     peak_table,
@@ -28,7 +30,6 @@ from mesh_tables import mesh_tables, plan_section, unaligned_table, weak_table
 from pages import ADAM, DEFAULT, ROOT, fill, load, measured_on
 from time_tables import (
     compile_table,
-    gpu_section,
     parts_table,
     ratios,
     readme_speed_table,
@@ -47,7 +48,8 @@ def overview() -> dict[str, str]:
         "llama": f"**A whole training step of Llama-2-7B takes {least:.1f} GB**, where "
         f"AdamW's takes {adamw:.1f}, both in bfloat16, by XLA's account for an H200 that "
         "was not there ([layer by layer](layerwise.md)):\n\n"
-        + llama_figure(load("gpu_memory"), "images"),
+        + llama_figure(load("gpu_memory"), "images")
+        + f"\n\n{on_a_gpu(load('gpu_whole'))}",
         "bytes": f"**{state[DEFAULT]:.3f} bytes of state a parameter**, where Adam has "
         f"{state['Adam']:.0f} ([memory](memory.md)):",
         "times": f"**A step takes {ratio} times as long as with `optax.adamw`**, on a "
@@ -63,6 +65,7 @@ def sections() -> dict[str, dict[str, str]]:
         "README.md": {
             "llama": llama_figure(gpu_memory, "docs/images"),
             "memory": readme_memory_table(),
+            "gpu": readme_sentences(load("gpu_whole"), load("gpu_time")),
             "speed": readme_speed_table(),
         },
         "docs/index.md": overview(),
@@ -78,6 +81,10 @@ def sections() -> dict[str, dict[str, str]]:
             "layerwise": layerwise_table(gpu_memory),
             "llama options": llama_table(load("llama_memory")),
         },
+        "docs/gpus.md": {
+            "checks": checks(load("gpu_check")),
+            "whole": whole_table(load("gpu_whole")),
+        },
         "docs/compile_time.md": {
             "compile": compile_table(load("compile_time")),
             "compile without numba": compile_table(load("compile_time_xla")),
@@ -92,7 +99,7 @@ def sections() -> dict[str, dict[str, str]]:
             "copy": f"A copy of a float32 array took {step['copy_ns_an_element']:.2f} ns "
             "an element in the same run.",
             "parts": parts_table(load("cpu_parts")),
-            "gpu": gpu_section(load("gpu")),
+            "gpu": time_table(load("gpu_time")),
             "gpu code": gpu_code_table(kernels),
             "tpu code": tpu_code_table(kernels),
             "meshes": mesh_tables(meshes),

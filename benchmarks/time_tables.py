@@ -85,33 +85,3 @@ def parts_table(results: dict) -> str:
         for row in results["rows"]
     ]
     return f"{table(header, rows)}\n\n{measured_on(results)}."
-
-
-def gpu_section(results: dict) -> str:
-    """Times on a GPU, once there are any."""
-    if not results:
-        return "Nothing has been timed on a GPU yet."
-    header = ["parameters", "dtype", "", "step", "time", "GB/s"]
-    header += ["of adamw", "of a copy", "peak"]
-    rows = [
-        [
-            row["size"],
-            row["dtype"],
-            row["name"],
-            "with apply_updates" if row["apply_updates"] else "update alone",
-            f"{row['seconds'] * 1e3:.3f} ms",
-            f"{row['bytes_a_second'] / 1e9:.0f}",
-            f"{row['ratio_to_adamw']:.2f}",
-            f"{row['ratio_to_copy']:.2f}",
-            f"{row['peak_bytes'] / 1e9:.2f} GB",
-        ]
-        for row in results["rows"]
-        if "seconds" in row
-    ]
-    passed = sum(found["passed"] for found in results["checks"].values())
-    return (
-        f"{passed} of {len(results['checks'])} checks of the kernels "
-        f"against XLA passed on the device. {results['machine']['device']}, a copy at "
-        f"{results['copy_bytes_a_second'] / 1e9:.0f} GB/s.\n\n{table(header, rows)}\n\n"
-        f"{measured_on(results)}.\n"
-    )

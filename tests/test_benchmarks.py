@@ -101,8 +101,3 @@ def test_a_measurement_on_a_gpu_counts_what_must_move():
     assert row["least_bytes"] == 3 * 64 * 64 * 4 + state
     gradients = [gpu_time.made([(64, 64)], "float32", seed) for seed in (0, 1)]
     assert gpu_time.measure(tx, compiled, gradients, 2, apply=True)["seconds"] > 0
-
-
-@pytest.mark.parametrize(("k", "block"), [(5, 64), (31, 256), (64, 256)])
-def test_bisection_ends_soon(k, block):
-    assert 3 < kernels.passes(k, block, rows=50) < 16
