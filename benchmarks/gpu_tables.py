@@ -43,7 +43,8 @@ def time_table(results: dict) -> str:
         )
     device = results["machine"]["device"]
     copy = f"{results['copy_bytes_a_second'] / 1e9:.0f} GB/s"
-    return f"{device}; a copy moves {copy}.\n\n{table(header, rows)}\n\n{measured_on(results)}."
+    said = f"{device}; a copy moves {copy}."
+    return f"{said}\n\n{table(header, rows)}\n\n{measured_on(results)}."
 
 
 def checks(results: dict) -> str:

@@ -11,7 +11,6 @@ import common
 import gpu_check
 import gpu_time
 import kernel_cases
-import kernels
 import memory
 import sharding
 import step_time
