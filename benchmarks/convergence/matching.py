@@ -5,7 +5,7 @@ python benchmarks/convergence/matching.py [task ...]
 Every setting, without `match_adam` and with it at two exponents of the density (the
 longer tasks at the chosen one alone), at a half, once and twice the best learning rate of
 Adam, two seeds. Runs are kept one by one, so it goes on where it was. At the end it draws
-docs/images/matching.png of the tasks that were named.
+docs/images/matching.png of the tasks that were named, at the chosen exponent.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The pictures of the studies, for docs/convergence.md and docs/tuning.md.
+"""The pictures of the studies, for docs/convergence.md and docs/index.md.
 
 All are as wide as a page, in letters that can be read there and on a phone.
 """
