@@ -50,6 +50,7 @@ ALPHA = f"{ORACLE}[xla-alpha]"
 RANDOM = f"{ORACLE}[xla-stochastic]"
 ADAM = "tests/test_adam.py::test_density_1_within_the_window_is_adam"
 LIMIT = "tests/test_cpu_kernel.py::test_hostile_numbers[float32-2]"
+KERNELS = "tests/test_kernels.py::test_trajectories_are_those_of_xla"
 LAYERS = "tests/test_layerwise.py::test_it_is_the_ordinary_step"
 MICRO = "tests/test_accumulate.py::test_error_takes_up_micro_batches"
 PLANNED = "tests/test_planner_ways.py::test_a_compiled_step"
@@ -132,7 +133,7 @@ MUTATIONS = {
     ),
     "a fence in chunks dropped": Mutation(
         "_xla.py",
-        "_chunks.fence(leaf.state, always=step.count >= 0)",
+        "_chunks.fence(leaf.state, always)",
         "leaf.state",
         "tests/test_trees.py::test_a_window_in_pieces_is_copied_once",
     ),
@@ -186,7 +187,7 @@ MUTATIONS = {
         "_step.py", "    if settings.alpha:\n", "    if False:\n", ALPHA
     ),
     "key not advanced under stochastic rounding": Mutation(
-        "_tree.py", "jax.random.fold_in(prng, state.count)", "prng", RANDOM
+        "_tree.py", "jax.random.fold_in(prng, count)", "prng", RANDOM
     ),
     "one key for all leaves": Mutation(
         "_tree.py",
@@ -274,8 +275,8 @@ MUTATIONS = {
     ),
     "a share of 16 bits that XLA need not round": Mutation(
         "_step.py",
-        "wide = gradient.dtype if gradient.dtype.itemsize > 4 else jnp.float32",
-        "wide = gradient.dtype",
+        "gradient.astype(gradient.dtype if gradient.dtype.itemsize > 4 else jnp.float32)",
+        "gradient",
         "tests/test_accumulate.py::test_kernels_keep_the_same_bits",
     ),
     "shares added unrounded, in a fused multiply-add": Mutation(
@@ -334,6 +335,36 @@ MUTATIONS = {
         "[key >= none for",
         "[key >= 0 for",
         f"{MICRO}[interpret_gpu-4]",
+    ),
+    "ties to the last in kernels of Pallas": Mutation(
+        "_kernels/_select.py",
+        "(key == low) & (i <= last)",
+        "(key == low) & (i > last)",
+        f"{KERNELS}[window 2-interpret_gpu]",
+    ),
+    "a bisection that ends too high": Mutation(
+        "_kernels/_select.py",
+        "low = jnp.maximum(top + 1 - width - width, 0)",
+        "low = jnp.maximum(top + 1 - width, 0)",
+        f"{KERNELS}[window 2-interpret_gpu]",
+    ),
+    "keys peeled that are wanted": Mutation(
+        "_kernels/_select.py",
+        "left = _count([lowest - key for key in keys])",
+        "left = _count([lowest - 1 - key for key in keys])",
+        f"{KERNELS}[window 2-interpret_gpu]",
+    ),
+    "huge numbers not bounded in the GPU's kernel": Mutation(
+        "_kernels/gpu_block.py",
+        "jnp.max(top) > _LARGEST",
+        "jnp.max(top) > 0x7F000000",
+        "tests/test_kernels.py::test_huge_numbers_are_bounded[interpret_gpu]",
+    ),
+    "codes of the upper part by the step of the lower": Mutation(
+        "_kernels/_rows.py",
+        "step * (1 / lowest)",
+        "step",
+        f"{KERNELS}[window 2-interpret_gpu]",
     ),
     "every micro-batch counts as a step": Mutation(
         "_accumulate.py",

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +84,21 @@ def test_trajectories_are_those_of_xla(case, implementation):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("implementation", INTERPRETED)
+def test_huge_numbers_are_bounded(implementation):
+    x = np.random.default_rng(0).normal(size=(4, 256)).astype(np.float32)
+    x[0, :9], x[1, :3], x[2] = 2.0**62, (1e38, -1e38, 2.0**60), 1e30 * x[2]
+    settings = {"window": 1, "density": 0.06, "dense": None}
+    kernel, xla = (
+        scale_by_microadam(**settings, implementation=x) for x in (implementation, "xla")
+    )
+    state = kernel.init(jnp.asarray(x))
+    for gradient in (x, 0.5 * x):
+        want = jax.jit(xla.update)(gradient, state)[1]
+        state = jax.jit(kernel.update)(gradient, state)[1]
+        chex.assert_trees_all_equal(state, want)
+
+
 def test_a_tree_of_all_kinds_of_leaves():
     tree = {
         "scalar": jnp.ones(()),
