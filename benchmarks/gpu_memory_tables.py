@@ -104,7 +104,7 @@ def layerwise_table(results: dict) -> str:
         held = row["peak"] * row["number"] / 1e9
         figures = [f"{row['peak']:.2f}", f"{held:.1f} GB", card_of(held)]
         rows.append([shown_name(row), *figures])
-    header = ["optimizer", "bytes a parameter at the peak", "in all", "fits a card of"]
+    header = ["optimizer", "bytes a parameter", "peak", "fits into"]
     return f"{table(header, rows)}\n\n{measured_on(results)}."
 
 
