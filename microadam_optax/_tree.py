@@ -87,7 +87,7 @@ def update(
     count, micro = _micro.of(state)
     step = _first_step(options, state, count)._replace(micro=micro)
     new = _update_dense(options, [x for _, x in leaves], old, count)
-    token = count  # a number that is never negative
+    token = count  # never negative
     for number, (gradient, kept, layout) in enumerate(
         zip(jax.tree.leaves(_promoted(gradients, params)), old, layouts, strict=True)
     ):
@@ -103,8 +103,8 @@ def update(
     ages = None if step.ages is None else _moments.older_ages(step.ages)
     results = [new[number] for number in range(len(leaves))]
     states, mixed = [x for _, x in results], state.mu is not None
-    after = _micro.counted(step.count, micro)
-    packed = _state.pack(after, ages, state.key, states, tree, mixed)
+    shared = _micro.counted(step.count, micro), ages, state.key
+    packed = _state.pack(*shared, states, tree, mixed)
     return tree.unflatten(x for x, _ in results), packed
 
 
@@ -148,11 +148,10 @@ def _first_step(options: Options, state: MicroAdamState, count: Any) -> _step.St
     """The scalars of a step that all leaves share."""
     b1, b2, eps, eps_root = (jnp.asarray(x, jnp.float32) for x in options.decays)
     ages = None if state.ages is None else _moments.valid_ages(state.ages)
-    prng = state.key
-    if prng is not None:
-        prng = jax.random.wrap_key_data(prng, impl=_step.PRNG)
-        prng = jax.random.fold_in(prng, count)
-    layer = None if prng is None else _specs.layer()
+    prng = layer = None
+    if state.key is not None:
+        prng = jax.random.wrap_key_data(state.key, impl=_step.PRNG)
+        prng, layer = jax.random.fold_in(prng, count), _specs.layer()
     scalars = optax.safe_increment(count), ages, b1, b2, eps, eps_root, prng
     return _step.Step(*scalars, layer=layer)
 
