@@ -27,8 +27,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import kernels
 from common import report
+from gpu_peers import with_float32_state
 from gpu_steps import MODELS, Model, by_layer, init, ordinary, shapes
-from gpu_time import with_float32_state
 from microadam_optax import accumulate, microadam
 from microadam_optax.memory import array_bytes
 

@@ -9,6 +9,7 @@ import pytest
 
 import common
 import gpu_check
+import gpu_peers
 import gpu_time
 import kernel_cases
 import memory
@@ -93,7 +94,7 @@ def test_the_check_of_a_gpu_can_fail(monkeypatch):
 
 @pytest.mark.slow
 def test_a_measurement_on_a_gpu_counts_what_must_move():
-    tx = gpu_time.peers()["MicroAdam (2, 6 %), kernel"]
+    tx = gpu_peers.peers()["MicroAdam (2, 6 %), kernel"]
     compiled, row = gpu_time.compile_step(tx, True, [(64, 64)], "float32")
     rows, k = 16, 16  # blocks of 256
     state = 2 * rows * (128 + 4) + rows * k * 3 + 2 * (4 + 4)  # and count and ages
