@@ -82,12 +82,18 @@ def check(args: argparse.Namespace, parser: Parser) -> None:
             "--layerwise: adafactor scales and clips stacked layers together, so it "
             "cannot update one alone; take another --optimizer"
         )
+    if not 0 <= args.seed < 2**32:
+        parser.error("--seed: expected a number from 0 to 4294967295")
     if args.learning_rate is None:
         args.learning_rate = llama_optimizers.LEARNING_RATE[args.optimizer]
     if args.save is not None:
         if args.save.is_dir() and any(args.save.iterdir()):
             parser.error(f"--save: {args.save} is not empty")
         check_folder(parser, "--save", args.save)
+        try:
+            llama_saving.check_output(args.save)
+        except ValueError as error:
+            parser.error(f"--save: {error}")
         check_apart(parser, args.save, args.checkpoints)
     if args.plot is not None:
         check_picture(parser, "--plot", args.plot)
@@ -207,20 +213,20 @@ def fine_tune(args: argparse.Namespace, parts: Prepared) -> tuple[Run, float]:
     return run, evaluate(run)
 
 
-def write(args: argparse.Namespace, parts: Prepared, run: Run, after: float) -> None:
-    """The model first, then the picture."""
-    if args.save is not None:
-        loaded = parts.loaded
-        llama_saving.save(
-            args.save, loaded.config, run.params, loaded.tokenizer, loaded.source
-        )
-        if not args.quiet:
-            print(f"model: {args.save}")
-    if args.plot is not None:
-        title = f"{args.model.stem}, {args.optimizer}"
-        llama_training.plot(run, after, title, args.plot)
-        if not args.quiet:
-            print(f"loss curve: {args.plot}")
+def save(args: argparse.Namespace, loaded: Any, run: Run) -> None:
+    llama_saving.save(
+        args.save, loaded.config, run.params, loaded.tokenizer, loaded.source
+    )
+    if not args.quiet:
+        print(f"model: {args.save}")
+
+
+def plot(args: argparse.Namespace, run: Run, after: float) -> None:
+    name = args.model.name if args.model.is_dir() else args.model.stem
+    title = f"{name}, {args.optimizer}".replace("$", r"\$")
+    llama_training.plot(run, after, title, args.plot)
+    if not args.quiet:
+        print(f"loss curve: {args.plot}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -238,11 +244,18 @@ def main(arguments: list[str] | None = None) -> int:
         f"held-out loss {run.before:.4f} before, {after:.4f} after {run.step} steps, "
         "nats a token"
     )
+    failed = f"{parser.prog}: error: cannot write"
     try:
-        write(args, parts, run, after)
-    except OSError as error:
+        if args.save is not None:
+            save(args, parts.loaded, run)
+    except (OSError, ValueError) as error:
         again = ": the same command saves it from --checkpoints" * bool(args.checkpoints)
-        parser.exit(1, f"{parser.prog}: error: cannot write {error}{again}\n")
+        parser.exit(1, f"{failed} {error}{again}\n")
+    try:
+        if args.plot is not None:
+            plot(args, run, after)
+    except OSError as error:
+        parser.exit(1, f"{failed} {error}\n")
     return 0
 
 

@@ -82,6 +82,7 @@ def load(file: pathlib.Path | None, encoder: Encoder, seed: int, show: bool) -> 
         cut = train[1] + kept_out[1]
         return Data(train[0], take(kept_out[0], chosen), cut)
     rows, cut = _rows(file, encoder)
+    rows = take(rows, np.flatnonzero(rows.weights.any(axis=1)))  # where something counts
     number = len(rows.tokens)
     if number < 2:
         raise ValueError(
@@ -95,12 +96,12 @@ def load(file: pathlib.Path | None, encoder: Encoder, seed: int, show: bool) -> 
 
 def _rows(file: pathlib.Path, encoder: Encoder) -> tuple[Batch, int]:
     try:
-        text = file.read_text("utf-8")
+        text = file.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no UTF-8 text: byte {error.start}") from None
     if not text.strip():
         raise ValueError(f"{file} is empty")
-    if file.suffix in LINES:
+    if file.suffix.lower() in LINES:
         return encode_pairs(read_pairs(file, text), encoder)
     return encode_text(text, encoder), 0
 
@@ -112,8 +113,9 @@ def read_pairs(file: pathlib.Path, text: str) -> list[Pair]:
         if line.strip():
             try:
                 found = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}, line {number}: no JSON: {error.msg}") from None
+            except (ValueError, RecursionError) as error:
+                said = getattr(error, "msg", error)
+                raise ValueError(f"{file}, line {number}: no JSON: {said}") from None
             found = found if isinstance(found, dict) else {}
             pair = Pair(*(found.get(key) for key in Pair._fields))
             if not all(isinstance(x, str) for x in pair) or not pair.completion:
@@ -121,6 +123,8 @@ def read_pairs(file: pathlib.Path, text: str) -> list[Pair]:
                     f"{file}, line {number}: expected an object with the texts "
                     '"prompt" and "completion", the second not empty'
                 )
+            if any("\ud800" <= x <= "\udfff" for text in pair for x in text):
+                raise ValueError(f"{file}, line {number}: half a character, a surrogate")
             pairs.append(pair)
     return pairs
 

@@ -212,4 +212,6 @@ def _token(found: dict[str, Any], key: str) -> int | None:
     value = value[0] if isinstance(value, list) and value else value
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
         raise ValueError(f"{key} must be a token's number, got {found[key]!r}")
+    if value is not None and not 0 <= value < found["vocab_size"]:
+        raise ValueError(f"{key} {value} is not in a vocabulary of {found['vocab_size']}")
     return value

@@ -48,13 +48,15 @@ def save(
     folder = pathlib.Path(folder).resolve()
     check_output(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    made = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    empty = folder.is_dir() and not any(folder.iterdir())  # it may be a mounted volume
+    beside = folder if empty else folder.parent
+    made = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=beside))
     try:
         made.chmod(0o777 & ~_umask())
         _write_config(made, config, params["embed"].dtype, source)
         _write_tokenizer(made, config, tokenizer, source)
         _write_weights(made, config, params, shard_bytes)
-        _replace(made, folder)
+        _move_up(made) if empty else _replace(made, folder)
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
@@ -69,7 +71,9 @@ def check_output(folder: str | pathlib.Path) -> None:
             f"{folder} has files that were not saved by this program; name an empty or "
             "a new folder"
         )
-    there = next(parent for parent in folder.parents if parent.exists())
+    empty = folder.is_dir() and not any(folder.iterdir())
+    places = (folder, *folder.parents) if empty else folder.parents
+    there = next(place for place in places if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"{folder} cannot be made: {there} is not writable")
 
@@ -125,7 +129,10 @@ def _write_weights(
     metadata = {"format": "pt", "made_by": PROGRAM, "files": listed}
     for file, group in zip(files, groups, strict=True):
         tensors = {x.name: disassemble(params, x).astype(dtype) for x in group}
-        save_file(tensors, made / file, metadata=metadata)
+        try:
+            save_file(tensors, made / file, metadata=metadata)
+        except SafetensorError as error:  # such as a full disk
+            raise OSError(f"{made / file}: {error}") from None
     if len(groups) > 1:
         places = zip(files, groups, strict=True)
         index = {
@@ -146,6 +153,12 @@ def _groups(found: list[Weight], itemsize: int, limit: int) -> list[list[Weight]
             size = math.prod(weight.shape) * itemsize
         groups[-1].append(weight)
     return groups
+
+
+def _move_up(made: pathlib.Path) -> None:
+    """Leaves what is in a folder in the one around it, the weights last."""
+    for file in sorted(made.iterdir(), key=lambda x: x.suffix == ".safetensors"):
+        file.rename(made.parent / file.name)
 
 
 def _replace(made: pathlib.Path, folder: pathlib.Path) -> None:

@@ -171,7 +171,7 @@ def _zeros(params: optax.Params, state: optax.OptState) -> Tree:
 def _map(f: Any, sums: Tree, gradients: optax.Updates) -> Tree:
     """`f` of each sum and gradient; leaves without a sum stay masked."""
     return jax.tree.map(
-        lambda x, g: x if _state.is_masked(x) else f(x, g.astype(x.dtype)),
+        lambda x, g: x if _state.is_masked(x) else f(x, jnp.asarray(g, x.dtype)),
         sums,
         gradients,
         is_leaf=_state.is_masked,
@@ -182,7 +182,9 @@ def _means(sums: Tree, gradients: optax.Updates, count: jax.Array) -> optax.Upda
     """The mean gradient of each leaf that has a sum, else the gradient."""
     return jax.tree.map(
         lambda x, g: (
-            g if _state.is_masked(x) else (x / count.astype(x.dtype)).astype(g.dtype)
+            g
+            if _state.is_masked(x)
+            else (x / count.astype(x.dtype)).astype(jnp.result_type(g))
         ),
         sums,
         gradients,

@@ -87,7 +87,7 @@ def update(
     count, micro = _micro.of(state)
     step = _first_step(options, state, count)._replace(micro=micro)
     new = _update_dense(options, [x for _, x in leaves], old, count)
-    token = count  # never negative
+    token = count
     for number, (gradient, kept, layout) in enumerate(
         zip(jax.tree.leaves(_promoted(gradients, params)), old, layouts, strict=True)
     ):

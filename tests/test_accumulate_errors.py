@@ -49,3 +49,11 @@ def test_a_flattened_tree():
         tx.init(PARAMS)
     tx = optax.flatten(accumulate(microadam(1e-2), 2))
     tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+def test_leaves_that_are_numbers_of_python_are_taken():
+    tx = accumulate(microadam(1e-2), 2)
+    state = tx.init({"x": 1.0})
+    for _ in range(2):
+        updates, state = tx.update({"x": 1.0}, state, {"x": 1.0})
+    assert updates["x"] < 0

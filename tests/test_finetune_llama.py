@@ -299,6 +299,29 @@ def test_every_token_of_a_text_is_predicted_once(begin):
     assert said == (text if begin else text[1:])
 
 
+@pytest.mark.parametrize(
+    ("name", "line", "words"),
+    [
+        ("a.JSONL", '{"prompt": "a"}', "line 1: expected an object"),
+        (
+            "a.jsonl",
+            '{"prompt": "\\ud83d", "completion": "b"}',
+            "line 1: half a char",
+        ),
+        ("a.jsonl", "[" * 50_000, "line 1: no JSON"),
+        (
+            "a.jsonl",
+            '\ufeff{"prompt": 1, "completion": "b"}',
+            "line 1: expected an object",
+        ),
+    ],
+)
+def test_lines_that_are_no_pairs_are_named(tmp_path, name, line, words):
+    (tmp_path / name).write_text(line, "utf-8")
+    with pytest.raises(ValueError, match=words):
+        instructions.load(tmp_path / name, encoder(7), 0, False)
+
+
 def test_rows_are_drawn_by_the_seed_and_each_once_before_one_twice():
     rows = instructions.Batch(np.arange(14).reshape(7, 2), np.ones((7, 1)))
     found = [instructions.batch_at(rows, i, 3, seed=4).tokens[:, 0] for i in range(7)]

@@ -99,6 +99,24 @@ def test_huge_numbers_are_bounded(implementation):
         chex.assert_trees_all_equal(state, want)
 
 
+@pytest.mark.parametrize("implementation", INTERPRETED)
+def test_rows_of_a_program_are_searched_apart(implementation):
+    rng = np.random.default_rng(0)
+    x = np.zeros((4, 256), np.float32)
+    x[0] = rng.uniform(100, 300, 256)
+    x[0, :16] = 0  # as many as are selected
+    x[1, :5], x[2, :3], x[3, :9] = 5, 300, 7  # fewer
+    kernel, xla = (
+        scale_by_microadam(
+            window=2, density=0.0625, dense=None, shards=1, implementation=i
+        )
+        for i in (implementation, "xla")
+    )
+    state = kernel.init(jnp.asarray(x))
+    want = jax.jit(xla.update)(x, state)[1]
+    chex.assert_trees_all_equal(jax.jit(kernel.update)(x, state)[1], want)
+
+
 def test_a_tree_of_all_kinds_of_leaves():
     tree = {
         "scalar": jnp.ones(()),

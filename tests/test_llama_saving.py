@@ -92,6 +92,18 @@ def test_folders_of_others_are_left_alone(folder, tmp_path):
         llama_saving.check_output(out / "notes.txt")
 
 
+def test_an_empty_folder_is_filled_where_it_is(folder, tmp_path, monkeypatch):
+    """A mounted volume cannot be renamed, nor can its parent always be written."""
+    (tmp_path / "out").mkdir()
+    before = (tmp_path / "out").stat().st_ino
+    monkeypatch.chdir(tmp_path / "out")
+    loaded = llama_files.load(folder)
+    llama_saving.save(".", *loaded)
+    assert (tmp_path / "out").stat().st_ino == before
+    assert_same(llama_files.load(tmp_path / "out").params, loaded.params)
+    assert not [x for x in (tmp_path / "out").iterdir() if x.is_dir()]
+
+
 def test_nothing_is_left_of_a_save_that_fails(folder, tmp_path, monkeypatch):
     loaded = llama_files.load(folder)
     before = sorted(tmp_path.iterdir())

@@ -67,7 +67,7 @@ def largest(
 
 
 class _Search(NamedTuple):
-    """A bisection under way; numbers of rows, and a width that all share."""
+    """A bisection under way; numbers of rows."""
 
     low: jax.Array  # a threshold that at least k keys reach
     reached: jax.Array  # how many do
@@ -88,7 +88,7 @@ def _bisect(
     """Selects all keys from a threshold on, and breaks ties if that is too many."""
     none = jnp.zeros_like(top)
     below = functools.partial(_below, keys, top, k)
-    search = below(_Search(none, none, jnp.int32(_OCTAVES >> 3)))
+    search = below(_Search(none, none, jnp.full_like(top, _OCTAVES >> 3)))
     search = lax.while_loop(lambda search: jnp.min(search.reached) < k, below, search)
     halve = functools.partial(_halve, keys, k)
     search = lax.while_loop(functools.partial(_too_many, k), halve, search)
@@ -114,15 +114,12 @@ def _below(keys: list[jax.Array], top: jax.Array, k: int, search: _Search) -> _S
     low = jnp.maximum(top + 1 - width - width, 0)
     count = _count([low - 1 - key for key in keys])
     found = search.reached >= k
-    low, reached = (
-        jnp.where(found, old, new)
-        for old, new in ((search.low, low), (search.reached, count))
-    )
-    return _Search(low, reached, width)
+    new = _Search(low, count, width)
+    return jax.tree.map(lambda old, new: jnp.where(found, old, new), search, new)
 
 
 def _too_many(k: int, search: _Search) -> jax.Array:
-    return (jnp.max(search.reached) > k) & (search.width > _NEAR)
+    return jnp.max(jnp.where(search.reached > k, search.width, 0)) > _NEAR
 
 
 def _halve(keys: list[jax.Array], k: int, search: _Search) -> _Search:
