@@ -241,11 +241,9 @@ def _check_state(state: Any) -> None:
 
 def _check_tree(gradients: optax.Updates, sums: Tree) -> None:
     """Raises ValueError if the gradients are not a tree like the parameters."""
-    trees: list[Any] = [gradients, sums]
-    structures: list[Any] = [
-        jax.tree.structure(x, is_leaf=_state.is_masked) for x in trees
-    ]
-    if structures[0] != structures[1]:
+    given: Any = jax.tree.structure(gradients, is_leaf=_state.is_masked)
+    wanted: Any = jax.tree.structure(sums, is_leaf=_state.is_masked)
+    if given != wanted:
         difference = _paths.difference(gradients, sums, _state.is_masked)
         raise ValueError(
             f"The gradient tree does not match the state of `accumulate`: {difference}."

@@ -102,9 +102,8 @@ def update(
         )
     ages = None if step.ages is None else _moments.older_ages(step.ages)
     results = [new[number] for number in range(len(leaves))]
-    states, mixed = [x for _, x in results], state.mu is not None
     shared = _micro.counted(step.count, micro), ages, state.key
-    packed = _state.pack(*shared, states, tree, mixed)
+    packed = _state.pack(*shared, [x for _, x in results], tree, state.mu is not None)
     return tree.unflatten(x for x, _ in results), packed
 
 
