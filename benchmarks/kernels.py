@@ -70,11 +70,6 @@ CASES = {
     "(10, 1 %), 11008 columns": ((4096, 11008), "bfloat16", PAPER),
     "(2, 6 %), 11008 columns": ((4096, 11008), "bfloat16", DEFAULT),
     "(10, 1 %), 768 columns": ((3072, 768), "bfloat16", PAPER),
-    "(1, 25 %), 11008 columns": (
-        (4096, 11008),
-        "bfloat16",
-        {"window": 1, "density": 0.25},
-    ),
     "(2, 25 %)": ((4096, 4096), "bfloat16", {"window": 2, "density": 0.25}),
 }
 
