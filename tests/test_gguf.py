@@ -97,7 +97,7 @@ REFUSED = {
     "there is no tokenizer.ggml.merges": {"tokenizer.ggml.merges": None},
     "'a' and 'q' are not all in tokens": {"tokenizer.ggml.merges": ["a q"]},
     "'aq' is no pair": {"tokenizer.ggml.merges": ["aq"]},
-    "bos_token_id 99 is no token": {"tokenizer.ggml.bos_token_id": 99},
+    "bos_token_id 99 is not in a vocabulary of 37": {"tokenizer.ggml.bos_token_id": 99},
     "37 kinds of 38 tokens": {"tokenizer.ggml.tokens": [*TOKENS, "x"]},
     "a token 37, but vocab_size is 37": {
         "tokenizer.ggml.tokens": [*TOKENS, "x"],
