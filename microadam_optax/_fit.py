@@ -112,6 +112,12 @@ def _check_dense(here: Names, leaves: list[Param], found: Arrays, wanted: Arrays
     was, now = having(found, "mu"), having(wanted, "mu")
     differ = [x for x in having(found, "codes") if x in now]
     differ += [x for x in was if x in having(wanted, "codes")]
+    if differ and was == leaves:
+        raise ValueError(
+            "The saved optimizer state has Adam's moments of every leaf, as optax.adam "
+            "makes it or a `dense` that names all, but this transformation compresses "
+            f"{shown(differ[0].path)}."
+        )
     if differ:
         names = ", ".join(shown(x.path) for x in was)
         made = f"a `dense` that names {names}" if was else "`dense=None`, or other shapes"

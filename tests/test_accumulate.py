@@ -27,8 +27,10 @@ from microadam_optax import (
     state_shardings,
 )
 from microadam_optax.memory import optimizer_bytes
+from quick import quick
 
 EVERY = 3
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 IMPLEMENTATIONS = [None, "xla", "interpret_gpu", "interpret_tpu"]
 
 
@@ -66,7 +68,7 @@ def assert_equal(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", quick([2, 4, 8], 4))
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_error_takes_up_micro_batches(implementation, bits):
     """To the oracle's bits: its encoding of the error and a share of each gradient."""
@@ -95,7 +97,7 @@ def test_error_takes_up_micro_batches(implementation, bits):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("window", [1, 2, 10])
+@pytest.mark.parametrize("window", quick([1, 2, 10], 1))
 def test_last_micro_batch_is_a_step(implementation, window):
     """Of its share and the error that the others left, in every bit."""
     settings = {"implementation": implementation, "window": window, "density": 0.02}
@@ -112,8 +114,8 @@ def test_last_micro_batch_is_a_step(implementation, window):
 
 
 @pytest.mark.parametrize("implementation", [None, "interpret_gpu", "interpret_tpu"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("shape", [(64, 256), (3, 1000)])
+@pytest.mark.parametrize("dtype", quick(DTYPES, jnp.bfloat16))
+@pytest.mark.parametrize("shape", quick([(64, 256), (3, 1000)], (64, 256)))
 def test_kernels_keep_the_same_bits(shape, dtype, implementation):
     def run(implementation):
         tx = scale_by_microadam(dense=None, implementation=implementation, window=3)

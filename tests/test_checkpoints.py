@@ -206,3 +206,11 @@ def _named(state):
 
 def _as_dict(state):
     return nnx.to_pure_dict(state)["opt_state"]
+
+
+def test_the_state_of_an_adam_run():
+    params = {"b": jnp.zeros(8), "w": jnp.zeros((64, 64))}
+    saved = jax.eval_shape(optax.adamw(1e-3).init, params)
+    said = r"has Adam's moments of every leaf, .* transformation compresses \['b'\]\.$"
+    with pytest.raises(ValueError, match=said):
+        check_checkpoint(saved, microadam(1e-3), params)

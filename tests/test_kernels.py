@@ -117,6 +117,7 @@ def test_rows_of_a_program_are_searched_apart(implementation):
     chex.assert_trees_all_equal(jax.jit(kernel.update)(x, state)[1], want)
 
 
+@pytest.mark.slow
 def test_a_tree_of_all_kinds_of_leaves():
     tree = {
         "scalar": jnp.ones(()),
