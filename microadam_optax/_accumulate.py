@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from microadam_optax import _micro, _paths, _specs, _state
+from microadam_optax import _micro, _paths, _specs, _sums
 from microadam_optax._state import MicroAdamState
 
 Tree = Any
@@ -109,7 +109,7 @@ def accumulate(tx: optax.GradientTransformation, every: int) -> Accumulate:
         zeros = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
         if place is not None:
             zeros = jax.device_put(zeros, place)
-        return AccumulateState(*zeros, state, _zeros(params, state))
+        return AccumulateState(*zeros, state, _sums.zeros(params, _microadams(state)))
 
     def update(
         updates: optax.Updates,
@@ -132,10 +132,10 @@ def _update(
 ) -> tuple[optax.Updates, AccumulateState]:
     _check_state(state)
     number, old = state.mini_step, state.inner_opt_state
-    _check_tree(gradients, state.acc_grads)
+    _sums.check(gradients, state.acc_grads)
     last = number >= every - 1
-    sums = _map(jnp.add, state.acc_grads, gradients)
-    means = _means(sums, gradients, number + 1)
+    sums = _sums.add(state.acc_grads, gradients)
+    means = _sums.means(sums, gradients, number + 1)
     told = _micro.tell(old, number, every)
     updates, new = tx.update(means, told, params, **extra_args)
     new = _micro.untell(new)
@@ -152,44 +152,6 @@ def _update(
         last, optax.safe_increment(state.gradient_step), state.gradient_step
     )
     return updates, AccumulateState(following, steps, new, sums)
-
-
-def _zeros(params: optax.Params, state: optax.OptState) -> Tree:
-    """The sums before the first micro-batch, of the leaves that are not compressed."""
-    compressed = {path for node in _microadams(state) for path in _paths.of(node.codes)}
-
-    def zeros(path: Any, leaf: Any) -> Any:
-        if path in compressed:
-            return optax.MaskedNode()
-        own = jnp.result_type(leaf)
-        dtype = own if own.itemsize > 4 else jnp.float32
-        return jnp.zeros(jnp.shape(leaf), dtype, device=_specs.of(leaf))
-
-    return jax.tree_util.tree_map_with_path(zeros, params)
-
-
-def _map(f: Any, sums: Tree, gradients: optax.Updates) -> Tree:
-    """`f` of each sum and gradient; leaves without a sum stay masked."""
-    return jax.tree.map(
-        lambda x, g: x if _state.is_masked(x) else f(x, jnp.asarray(g, x.dtype)),
-        sums,
-        gradients,
-        is_leaf=_state.is_masked,
-    )
-
-
-def _means(sums: Tree, gradients: optax.Updates, count: jax.Array) -> optax.Updates:
-    """The mean gradient of each leaf that has a sum, else the gradient."""
-    return jax.tree.map(
-        lambda x, g: (
-            g
-            if _state.is_masked(x)
-            else (x / count.astype(x.dtype)).astype(jnp.result_type(g))
-        ),
-        sums,
-        gradients,
-        is_leaf=_state.is_masked,
-    )
 
 
 def _keep(last: jax.Array, before: Any, after: Any) -> Any:
@@ -236,15 +198,4 @@ def _check_state(state: Any) -> None:
         raise TypeError(
             f"The state must be an AccumulateState, got a {type(state).__name__}: it was "
             "made by another transformation, or restored without its structure."
-        )
-
-
-def _check_tree(gradients: optax.Updates, sums: Tree) -> None:
-    """Raises ValueError if the gradients are not a tree like the parameters."""
-    given: Any = jax.tree.structure(gradients, is_leaf=_state.is_masked)
-    wanted: Any = jax.tree.structure(sums, is_leaf=_state.is_masked)
-    if given != wanted:
-        difference = _paths.difference(gradients, sums, _state.is_masked)
-        raise ValueError(
-            f"The gradient tree does not match the state of `accumulate`: {difference}."
         )

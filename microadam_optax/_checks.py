@@ -51,18 +51,24 @@ def check_arguments(
 
 
 def check_decays(**values: Any) -> None:
-    """Raises ValueError for decays and epsilons that can only give NaN; arrays pass."""
+    """Raises an error for decays and epsilons that can only give NaN; arrays pass."""
+    words = {"eps": "a number above 0", "eps_root": "a number of at least 0"}
     for argument, value in values.items():
-        if not is_number(value):
-            continue
-        if argument == "eps":
-            above = float(np.float32(value)) > 0
-            _require(above, argument, "a number above 0", value)
-        elif argument == "eps_root":
-            _require(0 <= value < float("inf"), argument, "a number of at least 0", value)
-        else:
-            below = float(np.float32(value)) < 1
-            _require(value >= 0 and below, argument, "a number in [0, 1)", value)
+        expected = words.get(argument, "a number in [0, 1)")
+        if check_scalar(argument, value, expected):
+            continue  # its value is known when it runs
+        single = np.float32(value)
+        good = {"eps": single > 0, "eps_root": value >= 0}
+        fits = good.get(argument, value >= 0 and single < 1)
+        _require(fits, argument, expected, value)
+
+
+def check_scalar(argument: str, value: Any, expected: str) -> bool:
+    """Whether it is a scalar array or traced; an error if it is no finite number."""
+    if not is_number(value) and getattr(value, "shape", None) != ():
+        raise TypeError(_sentence(argument, expected, value))
+    _require(not is_number(value) or np.isfinite(value), argument, expected, value)
+    return not is_number(value)
 
 
 def is_number(value: Any) -> bool:

@@ -10,8 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from microadam_optax import _checks, _paths
-from microadam_optax._paths import shown
+from microadam_optax import _bools, _checks, _paths
 
 
 def smaller_than(size: int) -> Callable[[Any, Any], bool]:
@@ -130,26 +129,21 @@ def choose(dense: Any, params: Any) -> list[bool]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if dense is None or not leaves:
         return [False] * len(leaves)
-    if _is_function(dense):
-        choices = [dense(path, leaf) for path, leaf in leaves]
-    else:
-        choices = _per_leaf(dense, params)
-    for (path, _), choice in zip(leaves, choices, strict=True):
-        if not isinstance(choice, bool | np.bool_):
-            raise TypeError(
-                f"`dense` must give a bool a leaf, got {choice!r} for {shown(path)}."
-            )
+    if not _bools.is_function(dense):
+        return _bools.per_leaf("dense", dense, params)
+    choices = [dense(path, leaf) for path, leaf in leaves]
+    choices = _bools.checked("dense", choices, params)
     if isinstance(dense, _Matching) and not any(choices):
         raise ValueError(
             f"`dense={dense}` matches no leaf; the path of one is "
             f"{_paths.slashed(leaves[0][0])!r}."
         )
-    return [bool(choice) for choice in choices]
+    return choices
 
 
 def check_function(dense: Any) -> None:
     """Raises TypeError if `dense` is a function that cannot be given path and leaf."""
-    if dense is None or not _is_function(dense):
+    if dense is None or not _bools.is_function(dense):
         return
     try:
         signature = inspect.signature(dense)
@@ -163,35 +157,3 @@ def check_function(dense: Any) -> None:
             "`lambda path, leaf: leaf.ndim < 2`, got one with the signature "
             f"`{signature}`."
         ) from error
-
-
-def _is_function(dense: Any) -> bool:
-    """Whether it is called; a tree of bools may be callable too, as a module is."""
-    leaves = jax.tree.leaves(dense)
-    is_tree = leaves and all(isinstance(x, bool | np.bool_) for x in leaves)
-    return callable(dense) and not is_tree
-
-
-def _per_leaf(dense: Any, params: Any) -> list[Any]:
-    whole: Any = jax.tree.structure(params)
-    try:
-        return whole.flatten_up_to(jax.tree.broadcast(dense, params))
-    except ValueError as error:
-        raise ValueError(
-            "`dense` must be a tree of bools like the parameters, or a prefix of it, but "
-            f"{_difference(dense, params)}."
-        ) from error
-
-
-def _difference(dense: Any, params: Any) -> str:
-    given, known = _paths.of(dense), _paths.of(params)
-    covered = {path[:size] for path in known for size in range(len(path) + 1)}
-    extra = [path for path in given if path not in covered]
-    missing = [
-        path for path in known if not any(path[: len(own)] == own for own in given)
-    ]
-    if extra:
-        return f"the parameters have no {shown(extra[0])}"
-    if missing:
-        return f"it has nothing for {shown(missing[0])}"
-    return "the containers differ in type"

@@ -15,6 +15,7 @@ from microadam_optax._saved import (
     Names,
     Param,
     arrays_of,
+    check_arrays,
     expected_of,
     names_of,
     params_of,
@@ -56,6 +57,8 @@ transformation has `window` 2.
         expected, is_leaf=lambda x: isinstance(x, MicroAdamState)
     )
     _check_version(found)
+    if any(isinstance(node, MicroAdamState) for _, node in nodes):
+        _check_known(found)
     for prefix, node in nodes:
         if isinstance(node, MicroAdamState):
             here = names_of(prefix)
@@ -64,30 +67,7 @@ transformation has `window` 2.
             _check_dense(here, leaves, found, wanted)
             for leaf in leaves:
                 _check_leaf(here, leaf, found, wanted)
-    _check_arrays(found, wanted)
-
-
-def _check_arrays(found: Arrays, wanted: Arrays) -> None:
-    """Compares all arrays, one by one."""
-    for at, array in wanted.items():
-        if at not in found:
-            have, need = "nothing", f"an array of shape {array.shape}"
-        elif found[at].shape != array.shape:
-            have, need = found[at].shape, f"an array of shape {array.shape}"
-        elif found[at].dtype != array.dtype:
-            have, need = found[at].dtype.name, array.dtype.name
-        else:
-            continue
-        raise ValueError(
-            f"The saved optimizer state has {have} at {'/'.join(at)}, where this "
-            f"transformation has {need}."
-        )
-    extra = next((at for at in found if at not in wanted), None)
-    if extra is not None:
-        raise ValueError(
-            f"The saved optimizer state has an array at {'/'.join(extra)}, where this "
-            "transformation has none."
-        )
+    check_arrays(found, wanted)
 
 
 def _check_version(found: Arrays) -> None:
@@ -103,6 +83,16 @@ def _check_version(found: Arrays) -> None:
             "The saved optimizer state is nested (`inner_states`), as an earlier version "
             f"made it with a `dense` that names {first}{more}; a state made with the "
             "same `dense` now holds the same arrays, under other paths."
+        )
+
+
+def _check_known(found: Arrays) -> None:
+    """Refuses what has neither codes nor moments anywhere."""
+    names = {name for at in found for name in at}
+    if "codes" not in names and not {"mu", "nu"} <= names:
+        raise ValueError(
+            "The saved optimizer state is no MicroAdam's: it has neither codes of an "
+            "error nor two moments."
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import optax
 
-from microadam_optax import _checks, _dense, _tree
+from microadam_optax import _checks, _decay, _dense, _tree
 from microadam_optax._state import MicroAdamState, Settings
 
 PAPER: dict[str, Any] = {
@@ -247,10 +247,9 @@ def microadam(
       Modoranu et al., `MicroAdam: Accurate Adaptive Optimization with Low Space
       Overhead and Provable Convergence <https://arxiv.org/abs/2405.15593>`_, 2024
     """
-    if mask is not None or not _checks.is_number(weight_decay) or weight_decay != 0:
-        decay = optax.add_decayed_weights(weight_decay, mask)
-    else:
-        decay = optax.identity()  # the same empty state, and needs no parameters
+    if not callable(learning_rate):
+        expected = "a finite number or a schedule"
+        _checks.check_scalar("learning_rate", learning_rate, expected)
     return optax.chain(
         scale_by_microadam(
             b1,
@@ -270,7 +269,7 @@ def microadam(
             seed=seed,
             implementation=implementation,
         ),
-        decay,
+        _decay.decay(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 

@@ -61,6 +61,29 @@ def names_of(path: Any) -> Names:
     return tuple(jax.tree_util.keystr((x,), simple=True) for x in path)
 
 
+def check_arrays(found: Arrays, wanted: Arrays) -> None:
+    """Raises ValueError that names the first array in which they differ."""
+    for at, array in wanted.items():
+        if at not in found:
+            have, need = "nothing", f"an array of shape {array.shape}"
+        elif found[at].shape != array.shape:
+            have, need = found[at].shape, f"an array of shape {array.shape}"
+        elif found[at].dtype != array.dtype:
+            have, need = found[at].dtype.name, array.dtype.name
+        else:
+            continue
+        raise ValueError(
+            f"The saved optimizer state has {have} at {'/'.join(at)}, where this "
+            f"transformation has {need}."
+        )
+    extra = next((at for at in found if at not in wanted), None)
+    if extra is not None:
+        raise ValueError(
+            f"The saved optimizer state has an array at {'/'.join(extra)}, where this "
+            "transformation has none."
+        )
+
+
 def _are_variables(params: Any) -> bool:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return all(path and path[-1] == GetAttrKey(_VARIABLE) for path, _ in leaves)

@@ -1,5 +1,6 @@
 """MicroAdam over a tree of leaves: each is compressed, or dense as Adam keeps it."""
 
+import math
 import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -79,7 +80,7 @@ def update(
     _state.check_structure(gradients, state)
     _state.check_key(state.key, bool(options.stochastic_rounding))
     if params is not None:
-        _check_not_transposed(gradients, params)
+        _check_shapes(gradients, params)
     tree: Any
     leaves, tree = jax.tree_util.tree_flatten_with_path(gradients)
     old = _state.unpack(state, tree)
@@ -236,14 +237,13 @@ def _check_leaf(what: str, path: Any, leaf: Any, is_dense: bool) -> None:
     )
 
 
-def _check_not_transposed(gradients: Any, params: Any) -> None:
-    """Raises ValueError if a gradient is transposed: it may fit the state, too."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    shapes = {path: jnp.shape(x) for path, x in leaves}
+def _check_shapes(gradients: Any, params: Any) -> None:
+    """Raises ValueError if a gradient is transposed or so: it may fit the state, too."""
+    shapes = {p: jnp.shape(x) for p, x in jax.tree_util.tree_leaves_with_path(params)}
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         given = jnp.shape(gradient)
         known = shapes.get(path, given)
-        if given != known and sorted(given) == sorted(known):
+        if given != known and math.prod(given) == math.prod(known):
             raise ValueError(
                 f"The gradient of {shown(path)} has the shape {given}, but its "
                 f"parameter {known}."

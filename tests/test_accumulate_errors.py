@@ -57,3 +57,17 @@ def test_leaves_that_are_numbers_of_python_are_taken():
     for _ in range(2):
         updates, state = tx.update({"x": 1.0}, state, {"x": 1.0})
     assert updates["x"] < 0
+
+
+@pytest.mark.parametrize(
+    ("gradient", "error", "words"),
+    [
+        (jnp.ones(9), ValueError, r"\(9,\), but the state of `accumulate` \(8,\)\.$"),
+        ("one", TypeError, r"must be arrays, but \['b'\] is str\.$"),
+        (jnp.ones(8, int), TypeError, r"floating-point arrays, but \['b'\] is int32;"),
+    ],
+)
+def test_gradients_of_leaves_that_are_summed(gradient, error, words):
+    tx, params = accumulate(microadam(1e-2), 2), {"b": jnp.ones(8)}
+    with pytest.raises(error, match=words):
+        tx.update({"b": gradient}, tx.init(params), params)

@@ -51,6 +51,8 @@ WRONG_TYPE = [
     ("alpha", "0"),
     ("stochastic_rounding", 1),
     ("seed", 0.5),
+    ("b1", None),
+    ("eps", "1e-8"),
 ]
 
 
@@ -151,6 +153,56 @@ def test_state_of_other_arguments(other, message):
     with pytest.raises(ValueError, match=rf"of \['w'\] was made with {message}"):
         check_checkpoint(saved, chain, tree)
     check_checkpoint(jax.eval_shape(chain.init, tree), chain, tree)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
+def test_a_rate_is_a_finite_number(name):
+    given = {"learning_rate": 0.1}
+    for value in (None, "0.1", jnp.ones(2)):
+        with pytest.raises(TypeError, match=rf"^`{name}` must be a finite number.*\.$"):
+            microadam(**(given | {name: value}))
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(
+            ValueError, match=rf"^`{name}` must be a finite .* {value}\.$"
+        ):
+            microadam(**(given | {name: value}))
+    for value in (1, np.float32(0.1), jnp.float32(0.1), lambda _: 0.1):
+        microadam(**(given | {name: value}))
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_masks_of_weight_decay(called):
+    tree = {"b": jnp.ones(8), "w": jnp.ones((8, 64))}
+
+    def started(mask):
+        given = (lambda _: mask) if called else mask
+        return microadam(0.1, weight_decay=0.1, mask=given).init(tree)
+
+    with pytest.raises(ValueError, match=r"^`mask` must be .* nothing for \['w'\]\.$"):
+        started({"b": True})
+    with pytest.raises(
+        ValueError, match=r"^`mask` must be .* parameters have no \['c'\]"
+    ):
+        started({"b": True, "w": True, "c": True})
+    with pytest.raises(
+        TypeError, match=r"^`mask` must give a bool .* 'no' for \['w'\]\.$"
+    ):
+        started({"b": True, "w": "no"})
+    started({"b": False, "w": np.True_})
+    started(True)
+
+
+def test_a_gradient_of_another_shape_of_as_many_elements():
+    tx, params = microadam(0.1), {"w": jnp.ones((64, 64))}
+    with pytest.raises(ValueError, match=r"\['w'\] .* \(32, 128\), .* \(64, 64\)\.$"):
+        tx.update({"w": jnp.ones((32, 128))}, tx.init(params), params)
+
+
+@pytest.mark.parametrize("other", [optax.sgd(0.1), optax.lion(0.1)])
+def test_a_checkpoint_that_is_no_microadams(other):
+    saved = jax.eval_shape(other.init, {"w": jnp.ones((64, 64))})
+    with pytest.raises(ValueError, match="state is no MicroAdam's: it has neither"):
+        check_checkpoint(saved, microadam(0.1), {"w": jnp.ones((64, 64))})
 
 
 def test_checkpoints_of_other_grids_chains_and_trees():
