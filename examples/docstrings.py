@@ -14,7 +14,7 @@ import pathlib
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
@@ -39,10 +39,12 @@ SHORTEST, MOST = 60, 1200  # characters of a text; texts of a package
 EVALUATED = 0.2  # share of the modules
 
 
-def load(show: bool = False) -> tuple[list[Example], list[Example]]:
+def load(
+    show: bool = False, texts: Callable[[pathlib.Path], Iterator[str]] | None = None
+) -> tuple[list[Example], list[Example]]:
     """Examples to train on and to evaluate, from the packages that are installed.
 
-    With `show`, how far it is.
+    With `show`, how far it is; with `texts`, other texts of a file than docstrings.
     """
     masked = re.compile(
         r"(?<![A-Za-z0-9])(?:"
@@ -55,7 +57,7 @@ def load(show: bool = False) -> tuple[list[Example], list[Example]]:
     for label, folder in places(show):
         left = [round((1 - EVALUATED) * MOST), round(EVALUATED * MOST)]
         for side, file in modules(label, folder):
-            for text in docstrings(file) if left[side] else ():
+            for text in (texts or docstrings)(file) if left[side] else ():
                 text = masked.sub("[MASK]", " ".join(text.split()))
                 if len(text) >= SHORTEST and text not in seen and left[side]:
                     seen.add(text)
@@ -82,14 +84,19 @@ def modules(label: str, folder: pathlib.Path) -> Iterator[tuple[bool, pathlib.Pa
         yield numbers[file] < EVALUATED, file
 
 
-def docstrings(file: pathlib.Path) -> Iterator[str]:
-    """Those of a module, its classes and its functions."""
+def nodes(file: pathlib.Path) -> Iterator[ast.AST]:
+    """What a module's source consists of; nothing if it cannot be parsed."""
     try:
         with warnings.catch_warnings(action="ignore", category=SyntaxWarning):
             tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):
         return
-    for node in ast.walk(tree):
+    yield from ast.walk(tree)
+
+
+def docstrings(file: pathlib.Path) -> Iterator[str]:
+    """Those of a module, its classes and its functions."""
+    for node in nodes(file):
         if isinstance(
             node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
         ):

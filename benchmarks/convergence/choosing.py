@@ -54,7 +54,8 @@ TRIALS = {
     ),
     "language, 1,000 steps": Trial(study.language, 1000, 2e-3, "language"),
     "language, 5,000 steps": Trial(study.language, 5000, 2e-3, "language"),
-    "MiniLM, 500 steps": Trial(tasks.bert_docstrings, 500, 2.5e-4, "bert"),
+    "MiniLM, 100 steps": Trial(tasks.bert_docstrings, 100, 2.5e-4, "matching_minilm"),
+    "MiniLM on code, 100 steps": Trial(tasks.bert_code, 100, 2.5e-4, "bert_code"),
     "SmolLM2, 150 steps": Trial(llama_task.llama, 150, 1e-4, "llama"),
 }
 

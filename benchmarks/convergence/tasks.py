@@ -1,5 +1,6 @@
 """What is trained: a model, its data, and how good it has become."""
 
+import ast
 import asyncio
 import functools
 import pathlib
@@ -22,6 +23,7 @@ import finetune_bert  # noqa: E402
 import language_model  # noqa: E402
 import text_data  # noqa: E402
 import train_lm  # noqa: E402
+from text_data import Example  # noqa: E402
 
 LENGTH, BATCH = 64, 8  # of the language model
 WIDTH, DEPTH, HEADS = 128, 2, 4
@@ -137,8 +139,25 @@ def digits() -> Task:
 
 def bert_docstrings() -> Task:
     """MiniLM that learns to tell whose docstring a text is, as in the example."""
+    return classification(*docstrings.load())
+
+
+def bert_code() -> Task:
+    """MiniLM that learns to tell from which package a function's code is."""
+    return classification(*docstrings.load(texts=code))
+
+
+def code(file: pathlib.Path) -> Iterator[str]:
+    """The body of each function of a module, without its name and its docstring."""
+    for node in docstrings.nodes(file):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[ast.get_docstring(node) is not None :]
+            yield "\n".join(map(ast.unparse, body))
+
+
+def classification(train: list[Example], held_out: list[Example]) -> Task:
+    """MiniLM with a linear layer over the labels."""
     folder = finetune_bert.default_model()
-    train, held_out = docstrings.load()
     labels = sorted({label for label, _ in train})
     tokens = bert.Tokens(folder, BERT_LENGTH)
     data, evaluated = (text_data.encode(x, labels, tokens) for x in (train, held_out))
