@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import choosing
 import methods
 import rosenbrock
 import runs
 import study
 import tasks
 import training
+from microadam_optax import _moments
 
 TARGET = np.linspace(-1, 1, 16, dtype=np.float32)
 
@@ -148,3 +150,33 @@ def test_keep_largest():
     tx = rosenbrock.keep_largest(1)
     kept, _ = tx.update(jnp.array([1.0, -3.0]), tx.init(None))
     np.testing.assert_array_equal(kept, [0.0, -3.0])
+
+
+def test_a_candidate_runs_with_its_own_exponent(tmp_path, monkeypatch):
+    """And what is not run with one is as before."""
+    monkeypatch.setattr(runs.Runs.__init__, "__defaults__", (tmp_path,))
+    seen, before = [], _moments.EXPONENT
+
+    def run(*args, **_):
+        *_, rate, seed, steps, _ = args
+        seen.append((_moments.EXPONENT, rate, seed))
+        row = {"learning_rate": rate, "seed": seed, "steps": steps}
+        return {**row, "figures": {"validation loss": 0.0}}, None
+
+    monkeypatch.setattr(training, "run", run)
+    trial = choosing.Trial(quadratic, 5, 0.1, "bowl")
+    for exponent in (0.75, None):
+        one = choosing.Candidate(1, 0.25, exponent=exponent)
+        rows = choosing.rows_of(trial, one, quadratic, 0.1, 1.0)
+        assert [row["method"] for row in rows] == [one.title] * 3
+    assert choosing.rows_of(trial, one, quadratic, 0.1, 0.5)[0]["learning_rate"] == 0.05
+    assert seen[:3] == [(0.75, 0.1, seed) for seed in range(3)]
+    assert seen[3:] == [(before, 0.1, seed) for seed in range(3)] + [(before, 0.05, 0)]
+    assert before == _moments.EXPONENT
+
+
+def test_candidates_are_what_the_records_name():
+    titles = [one.title for one in choosing.candidates((0.5, None))]
+    assert len(set(titles)) == 20
+    assert "(1, 4 %), blocks of 64, exponent 0.5" in titles
+    assert "(2, 6 %), literal" in titles
