@@ -4,6 +4,7 @@ If it fails, the state of a sharded model is replicated, or moves at every step.
 """
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -221,6 +222,42 @@ def test_zero_style(mesh):
             here = compiled(*here, jax.device_put(values, shardings_of(params)))
             alone = jax.jit(step)(*alone, values)
     jax.tree.map(np.testing.assert_array_equal, here, alone)
+
+
+def largest_that_divides(x, mesh):
+    """As some trainers shard whatever they are given."""
+    axes = [axis for axis, n in enumerate(x.shape) if n % 8 == 0]
+    spec = [None] * x.ndim
+    if axes:
+        spec[max(axes, key=lambda axis: x.shape[axis])] = "d"
+    return NamedSharding(mesh, P(*spec))
+
+
+@pytest.mark.parametrize("implementation", quick([None, "xla"], None))
+@pytest.mark.parametrize("own", [P("d"), P(None, "d")], ids=str)
+def test_each_array_by_its_own_rule(own, implementation):
+    """Axes of rows, of blocks and within blocks: right, at the price of being sent."""
+    mesh = jax.make_mesh((8,), ("d",), (AxisType.Auto,))
+    tx = microadam(1e-3, implementation=implementation)
+    shapes = {"rows": (64, 512), "within": (16, 4096)}
+    places = {name: NamedSharding(mesh, own) for name in shapes}
+    rng = np.random.default_rng(0)
+    values = {name: rng.standard_normal(x, np.float32) for name, x in shapes.items()}
+    state = tx.init(values)
+    rules = jax.tree.map(functools.partial(largest_that_divides, mesh=mesh), state)
+    assert rules[0].codes["rows"].spec[0] == rules[0].codes["within"].spec[-1] == "d"
+
+    def step(params, state, gradients):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(places, rules))
+    here = jax.device_put((values, state), (places, rules))
+    alone, gradients = (values, tx.init(values)), jax.device_put(values, places)
+    for _ in range(3):
+        here, alone = jitted(*here, gradients), jax.jit(step)(*alone, values)
+    jax.tree.map(np.testing.assert_array_equal, here, alone)
+    assert jax.tree.map(lambda x: x.sharding, here) == (places, rules)
 
 
 @pytest.mark.parametrize("kind", ["device", "pinned_host"])
