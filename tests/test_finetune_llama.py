@@ -88,17 +88,14 @@ def test_it_learns_says_so_saves_and_draws(folder, model, capsys):
     "more",
     [
         [],
-        *(
-            pytest.param(x, marks=pytest.mark.slow, id=" ".join(x))
-            for x in (
-                ["--accumulate=2"],
-                ["--dtype=bfloat16"],
-                ["--optimizer=adamw", "--accumulate=2"],
-                ["--optimizer=lion", "--dtype=bfloat16"],
-            )
-        ),
+        ["--accumulate=2"],
+        ["--dtype=bfloat16"],
+        ["--optimizer=adamw", "--accumulate=2"],
+        ["--optimizer=lion", "--dtype=bfloat16"],
     ],
+    ids=" ".join,
 )
+@pytest.mark.slow
 @pytest.mark.usefixtures("folder")
 def test_layer_by_layer_is_the_ordinary_run_to_the_bit(more):
     run("--save=ordinary", *more)

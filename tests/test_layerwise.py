@@ -115,7 +115,10 @@ def test_nothing_of_the_size_of_the_stack_is_allocated(name):
     assert held.temp_size_in_bytes <= 1.9 * number
 
 
-@pytest.mark.parametrize("spec", [P(None, "d"), P(None, None, "d")], ids=str)
+SPECS = [P(None, "d"), P(None, None, "d")]
+
+
+@pytest.mark.parametrize("spec", quick(SPECS, P(None, "d")), ids=str)
 def test_on_a_mesh(spec):
     """Sharded over 8 devices: as on one, and a layer costs no more communication."""
     tx, params = microadam(1e-2, density=0.25), parameters()

@@ -91,7 +91,8 @@ def started(name):
     return params, TRANSFORMATIONS[name].init(params)
 
 
-@pytest.mark.parametrize("name", quick(["default", "adamw"], "default"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["default", "adamw"])
 def test_rounded_at_random_as_xla_compiles_by_default(name):
     """One step from the same start: the same state, and parameters that are neighbours.
 
@@ -116,6 +117,7 @@ def test_rounded_at_random_as_xla_compiles_by_default(name):
         assert (got != want).mean() <= share.mean()
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_rounded_at_random():
     """Each layer with noise of its own; on average where float32 would be."""
     tx, params = microadam(1e-3), parameters(jnp.bfloat16)
