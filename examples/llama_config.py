@@ -16,6 +16,7 @@ CLASSES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
 }  # by model_type; what is not here is not read
+LARGEST = 2**31  # of any number, for arrays are indexed by int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +130,7 @@ def check(config: Config) -> None:
 
 def _check_implemented(found: dict[str, Any]) -> None:
     model_type = found.get("model_type")
-    if model_type not in CLASSES:
+    if not isinstance(model_type, str) or model_type not in CLASSES:
         known = ", ".join(CLASSES)
         raise ValueError(f"model_type must be one of {known}, got {model_type!r}")
     if found.get("quantization_config") is not None:
@@ -149,9 +150,11 @@ def _slides(found: dict[str, Any]) -> bool:
         return False
     kinds = found.get("layer_types")
     if kinds is not None:
-        return "sliding_attention" in kinds
-    first = found.get("max_window_layers")
-    return (28 if first is None else first) < _number(found, "num_hidden_layers")
+        return "sliding_attention" in str(kinds)
+    if found.get("max_window_layers") == 0:
+        return True
+    first = _number(found, "max_window_layers", 28)
+    return first < _number(found, "num_hidden_layers")
 
 
 def _window(found: dict[str, Any]) -> int | None:
@@ -193,9 +196,10 @@ def _number(found: dict[str, Any], key: str, default=None, kind: type = int):
     value = found.get(key)
     value = default if value is None else value
     kinds = int if kind is int else int | float
-    if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
+    known = isinstance(value, kinds) and not isinstance(value, bool)
+    if not known or not 0 < value < LARGEST:
         noun = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{key} must be {noun} above zero, got {value!r}")
+        raise ValueError(f"{key} must be {noun} above zero, got {value!r:.40}")
     return kind(value)
 
 

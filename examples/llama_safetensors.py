@@ -101,7 +101,7 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
     """The object in a file; ValueError if there is none."""
     try:
         found = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds no JSON object")

@@ -176,6 +176,13 @@ def test_parameters_are_as_many_as_published(name):
     [
         ({"model_type": "gpt2"}, "model_type must be one of llama, mistral, qwen2"),
         ({"model_type": None}, "model_type must be one of"),
+        ({"model_type": ["llama"]}, "model_type must be one of"),
+        ({"rope_theta": float("inf")}, "rope_theta must be a number above zero, got inf"),
+        ({"hidden_size": 10**400}, "hidden_size must be a whole number above zero"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "2"},
+            "max_window_layers must be a whole number",
+        ),
         ({"quantization_config": {"bits": 4}}, "quantized weights are not read"),
         ({"attention_bias": True}, "attention_bias: its biases are not implemented"),
         ({"mlp_bias": True}, "mlp_bias: its biases are not implemented"),

@@ -161,8 +161,9 @@ def test_missing_files_are_named(folder, name):
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_damaged_files_are_named(folder, name):
-    (folder / name).write_text("{")
+@pytest.mark.parametrize("text", ["{", "[" * 50_000])
+def test_damaged_files_are_named(folder, name, text):
+    (folder / name).write_text(text)
     refuse(folder, ValueError, name)
 
 
