@@ -28,9 +28,11 @@ VARIANTS = {
     "paper": microadam_optax.PAPER,
     "window1": {"window": 1, "density": 0.25, "dense": None},
     "full": {"window": 3, "density": 1.0, "dense": None},
+    "matched": {"dense": None, "match_adam": True},
 }
 # A rate with which 10,000 steps cover the way to optax's targets.
-RATE = dict.fromkeys(VARIANTS, 3e-4) | {"window1": 1e-3, "default": 1e-2}
+RATE = dict.fromkeys(VARIANTS, 3e-4)
+RATE |= {"window1": 1e-3, "default": 1e-2, "matched": 3e-3}
 
 
 def variant(name):
@@ -96,13 +98,15 @@ def aliases(name, call, **keywords):
 def with_rate_for(target, call):
     """At a constant rate short windows zigzag in Rosenbrock's valley, like signs.
 
-    Optax excludes its sign_sgd there. With a schedule they come to rest.
+    With `match_adam` as well. Optax excludes its sign_sgd there. With a schedule they
+    come to rest.
     """
     if target != "_setup_rosenbrock" or call["opt_name"].endswith(
         ("default", "paper", "full")
     ):
         return call
-    rate = optax.cosine_decay_schedule(3e-4, 10_000)
+    peak = 1e-3 if call["opt_name"].endswith("matched") else 3e-4
+    rate = optax.cosine_decay_schedule(peak, 10_000)
     return {**call, "opt_kwargs": {"learning_rate": rate}}
 
 
