@@ -342,10 +342,10 @@ MUTATIONS = {
         "(key == low) & (i > last)",
         f"{KERNELS}[window 2-interpret_gpu]",
     ),
-    "a bisection that ends too high": Mutation(
+    "a bisection that goes up too far": Mutation(
         "_kernels/_select.py",
-        "low = jnp.maximum(top + 1 - width - width, 0)",
-        "low = jnp.maximum(top + 1 - width, 0)",
+        "low = jnp.where(enough, middle, search.low)",
+        "low = middle",
         f"{KERNELS}[window 2-interpret_gpu]",
     ),
     "keys peeled that are wanted": Mutation(
