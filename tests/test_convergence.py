@@ -180,3 +180,14 @@ def test_candidates_are_what_the_records_name():
     assert len(set(titles)) == 20
     assert "(1, 4 %), blocks of 64, exponent 0.5" in titles
     assert "(2, 6 %), literal" in titles
+
+
+def test_a_run_on_another_machine_says_so(tmp_path, monkeypatch):
+    record = runs.Runs("some", tmp_path)
+    for cpu in ("one", "one", "other"):
+        found = {"processor": cpu, "command": f"python {cpu}.py"}
+        monkeypatch.setattr(runs.common, "machine", found.copy)
+        record.add({"method": "Adam", "seed": len(record.rows)})
+    again = runs.Runs("some", tmp_path)
+    assert again.machine == {"processor": "one", "command": "python one.py"}
+    assert [x.get("machine") for x in again.rows] == [None, None, {"processor": "other"}]

@@ -36,12 +36,19 @@ class Runs:
         return [x for x in self.rows if all(x[key] == wanted[key] for key in wanted)]
 
     def add(self, row: Row) -> None:
-        """Keeps a run beside those that other processes have added meanwhile."""
+        """Keeps a run beside those that other processes have added meanwhile.
+
+        The record names the machine of its first run; a run elsewhere names its own.
+        """
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with _locked(self.file.parent):
             self.read()
-            self.rows.append(row)
-            content = {"machine": common.machine(), "runs": self.rows}
+            here = common.machine()
+            self.machine = self.machine or here
+            own = {key: here[key] for key in here if here[key] != self.machine[key]}
+            own.pop("command", None)
+            self.rows.append(row | ({"machine": own} if own else {}))
+            content = {"machine": self.machine, "runs": self.rows}
             new = self.file.with_suffix(".new")
             new.write_text(json.dumps(content).replace('{"method"', '\n{"method"') + "\n")
             new.replace(self.file)
