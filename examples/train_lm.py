@@ -23,7 +23,7 @@ from language_model import LanguageModel, mean_loss
 from microadam_optax import Health, diagnostics, microadam
 from microadam_optax.memory import optimizer_bytes
 
-LEARNING_RATE = {"microadam": 4e-3, "adamw": 2e-3}  # the best of a few for each
+LEARNING_RATE = 2e-3  # with either optimizer
 HELD_OUT = 0.05  # share of the text, its end, that is only evaluated
 EVALUATIONS = 5  # during the training
 CLIP = 1.0  # global norm of the gradient
@@ -51,8 +51,7 @@ def make_step(
 
 
 def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
-    peak = args.learning_rate or LEARNING_RATE[args.optimizer]
-    warmup = max(1, args.steps // 20)
+    peak, warmup = args.learning_rate, max(1, args.steps // 20)
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, peak, warmup, max(args.steps, warmup + 1), peak / 10
     )
@@ -219,7 +218,7 @@ def make_parser(description: str) -> Parser:
     add("--width", type=positive(int), default=128)
     add("--depth", type=positive(int), default=3)
     add("--heads", type=positive(int), default=4)
-    add("--learning-rate", type=positive(float), help="peak; a default per optimizer")
+    add("--learning-rate", type=positive(float), default=LEARNING_RATE, help="its peak")
     add("--weight-decay", type=float, default=0.0)
     add("--window", type=int, default=2)
     add("--density", type=float, default=0.06)

@@ -45,7 +45,7 @@ class Mutation(NamedTuple):
 ORACLE = "tests/test_oracle.py::test_options"
 DEFAULTS = f"{ORACLE}[xla-defaults]"
 WINDOW_3 = f"{ORACLE}[xla-window 3]"
-MATCHED = f"{ORACLE}[xla-matched]"
+LITERAL = f"{ORACLE}[xla-literal]"
 ALPHA = f"{ORACLE}[xla-alpha]"
 RANDOM = f"{ORACLE}[xla-stochastic]"
 ADAM = "tests/test_adam.py::test_density_1_within_the_window_is_adam"
@@ -172,16 +172,16 @@ MUTATIONS = {
         "both = _moments.debias(b1, count), _moments.debias(b2, count)",
         "last = jnp.maximum(count - 1, 1)\n"
         "        both = _moments.debias(b1, last), _moments.debias(b2, last)",
-        DEFAULTS,
+        LITERAL,
     ),
     "b1 in the place of b2": Mutation(
         "_step.py",
         "both = _moments.debias(b1, count), _moments.debias(b2, count)",
         "both = _moments.debias(b1, count), _moments.debias(b1, count)",
-        DEFAULTS,
+        LITERAL,
     ),
     "match_adam by another power of the share": Mutation(
-        "_moments.py", "EXPONENT = 0.5", "EXPONENT = 0.75", MATCHED
+        "_moments.py", "EXPONENT = 0.5", "EXPONENT = 0.75", DEFAULTS
     ),
     "alpha ignored": Mutation(
         "_step.py", "    if settings.alpha:\n", "    if False:\n", ALPHA
@@ -277,7 +277,7 @@ MUTATIONS = {
         "_step.py",
         "gradient.astype(gradient.dtype if gradient.dtype.itemsize > 4 else jnp.float32)",
         "gradient",
-        "tests/test_accumulate.py::test_kernels_keep_the_same_bits",
+        "tests/test_accumulate.py::test_a_share_is_rounded_once",
     ),
     "shares added unrounded, in a fused multiply-add": Mutation(
         "_step.py",

@@ -31,7 +31,7 @@ class Options:
     bits: int = 4
     shards: int = 8
     alpha: float = 0.0
-    match_adam: bool = False
+    match_adam: bool = True
 
 
 @dataclasses.dataclass

@@ -19,6 +19,8 @@ import oracle
 from following import state_blocks
 from microadam_optax import (
     MicroAdamState,
+    _micro,
+    _step,
     accumulate,
     check_checkpoint,
     layerwise,
@@ -123,6 +125,19 @@ def test_kernels_keep_the_same_bits(shape, dtype, implementation):
         return trained(accumulate(tx, EVERY), jnp.zeros(shape, dtype), stream)[1]
 
     assert_equal(run(implementation), run("xla"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_share_is_rounded_once(dtype):
+    """In 16 bits a third is off by up to 1/512, and so would all gradients be."""
+    (gradient,), third = gradients(1, dtype=dtype), jnp.float32(1 / 3)
+    some = jnp.int32(1)
+    micro = _micro.MicroBatch(some, some, jnp.bool_(False), third)
+    step = _step.Step(some, None, *4 * [third], prng=None, micro=micro)
+    found = jax.jit(_step.share)(gradient, step)
+    assert found.dtype == dtype
+    expected = np.float32(gradient) * np.float32(third)
+    np.testing.assert_array_equal(found, jnp.asarray(expected, dtype))
 
 
 def test_every_one_is_the_transformation_itself():
@@ -381,7 +396,9 @@ def test_states_of_a_conditional_and_a_scan():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
-@pytest.mark.parametrize("inner", [scale_by_microadam(dense=None), optax.identity()])
+@pytest.mark.parametrize(
+    "inner", [scale_by_microadam(density=1.0, dense=None), optax.identity()]
+)
 def test_no_dtype_is_promoted(inner, dtype):
     """In leaves that the error takes up, and in those that are summed."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):

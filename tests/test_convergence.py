@@ -21,6 +21,8 @@ import tasks
 import training
 from microadam_optax import _moments
 
+OURS = methods.DEFAULT
+
 TARGET = np.linspace(-1, 1, 16, dtype=np.float32)
 
 
@@ -165,7 +167,7 @@ def test_a_candidate_runs_with_its_own_exponent(tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "run", run)
     trial = choosing.Trial(quadratic, 5, 0.1, "bowl")
-    for exponent in (0.75, None):
+    for exponent in (0.75, before):
         one = choosing.Candidate(1, 0.25, exponent=exponent)
         rows = choosing.rows_of(trial, one, quadratic, 0.1, 1.0)
         assert [row["method"] for row in rows] == [one.title] * 3
@@ -176,10 +178,30 @@ def test_a_candidate_runs_with_its_own_exponent(tmp_path, monkeypatch):
 
 
 def test_candidates_are_what_the_records_name():
-    titles = [one.title for one in choosing.candidates((0.5, None))]
+    titles = [one.title for one in choosing.candidates((0.5, 0.75))]
     assert len(set(titles)) == 20
-    assert "(1, 4 %), blocks of 64, exponent 0.5" in titles
-    assert "(2, 6 %), literal" in titles
+    assert set(methods.OURS) - {methods.PAPER} <= set(titles)
+    assert "MicroAdam (1, 4 %), blocks of 64" in titles
+    assert "MicroAdam (2, 6 %), exponent 0.75" in titles
+
+
+def test_as_it_comes_it_trains_at_adams_rate(tmp_path, monkeypatch):
+    """Short runs at the best of Adam's short ones, longer ones at that of its longer."""
+    monkeypatch.setattr(runs.Runs.__init__, "__defaults__", (tmp_path,))
+    record, both = runs.Runs("bowl"), {x: methods.MAIN[x] for x in ("Adam", OURS)}
+    bowl = study.Study("a bowl", quadratic, both, steps=5, seeds=2, long=9)
+    work = study.Work(bowl, record, quadratic, OURS)
+    with pytest.raises(SystemExit, match="Adam has not run for 5 steps"):
+        work.best()
+    for rate, steps in ((0.2, 5), (0.1, 9)):
+        for seed in range(2):
+            key = {"method": "Adam", "learning_rate": rate, "seed": seed, "steps": steps}
+            record.add({**key, "state_bytes": 8.0, "figures": {"loss": rate}})
+    rate, found = work.best()
+    assert rate == 0.1
+    assert [x["steps"] for x in found] == [9, 9]
+    ours = work.runs.find(method=OURS)
+    assert {(x["steps"], x["learning_rate"]) for x in ours} == {(5, 0.2), (9, 0.1)}
 
 
 def test_a_run_on_another_machine_says_so(tmp_path, monkeypatch):

@@ -46,13 +46,13 @@ CASES = {
     },
     "eps_root": {"b2": 0.9, "eps_root": 0.01, "window": 3, "density": 0.1},
     "eps_root, window 1": {"eps": 1e-12, "eps_root": 1e-6, "window": 1, "density": 0.12},
-    "matched": {"window": 3, "density": 0.05, "match_adam": True},
-    "matched, window 1": {"window": 1, "density": 0.12, "match_adam": True},
-    "matched, eps_root": {
+    "literal": {"window": 3, "density": 0.05, "match_adam": False},
+    "literal, window 1": {"window": 1, "density": 0.12, "match_adam": False},
+    "literal, eps_root": {
         "window": 2,
         "density": 0.06,
         "eps_root": 0.01,
-        "match_adam": True,
+        "match_adam": False,
     },
     "decays": {"b1": 0.0, "b2": 0.9, "eps": 1e-3, "window": 3, "density": 0.1},
 }
@@ -68,7 +68,7 @@ QUICK = (  # each option once
     "alpha",
     "stochastic",
     "eps_root",
-    "matched",
+    "literal",
     "decays",
 )
 

@@ -246,7 +246,7 @@ def test_defaults(make):
         **{"b1": 0.9, "b2": 0.999, "eps": 1e-8, "eps_root": 0.0},
         **{"window": 2, "density": 0.06, "block_size": 256, "error_bits": 4},
         **{"shards": 8, "grid": None, "dense": smaller_than(4096)},
-        **{"match_adam": False, "alpha": 0.0, "stochastic_rounding": False, "seed": 0},
+        **{"match_adam": True, "alpha": 0.0, "stochastic_rounding": False, "seed": 0},
         "implementation": None,
     }
 

@@ -1,6 +1,7 @@
 """Which setting is the default: every candidate at Adam's own learning rate.
 
-python benchmarks/convergence/choosing.py [study ...] [--exponents 0.5 ...] [--list]
+python benchmarks/convergence/choosing.py [study ...] [--settings "(1, 4 %)" ...]
+    [--exponents 0.5 ...] [--factors 1 ...] [--list]
 
 The criterion, written before the runs. A candidate's score in a study is the mean over
 the seeds of its deciding figure at Adam's best rate, minus Adam's, over the standard
@@ -43,18 +44,19 @@ class Trial(NamedTuple):
     centre: float
     record: str
     search_seeds: int = 1  # of the search for Adam's rate
+    evaluations: int = 1  # of a run
 
 
 TRIALS = {
-    "digits, 1,000 steps": Trial(tasks.digits, 1000, 4e-3, "digits", 3),
+    "digits, 1,000 steps": Trial(tasks.digits, 1000, 4e-3, "digits", 3, 10),
     "variational inference, 600 steps": Trial(
         variational.variational, 600, 4e-2, "variational"
     ),
     "fine-tuned language, 50 steps": Trial(
         study.finetuned_language, 50, 4e-3, "language_finetuned"
     ),
-    "language, 1,000 steps": Trial(study.language, 1000, 2e-3, "language"),
-    "language, 5,000 steps": Trial(study.language, 5000, 2e-3, "language"),
+    "language, 1,000 steps": Trial(study.language, 1000, 2e-3, "language", 1, 10),
+    "language, 5,000 steps": Trial(study.language, 5000, 2e-3, "language", 1, 10),
     "MiniLM, 100 steps": Trial(tasks.bert_docstrings, 100, 2.5e-4, "matching_minilm"),
     "MiniLM on code, 100 steps": Trial(tasks.bert_code, 100, 2.5e-4, "bert_code"),
     "SmolLM2, 150 steps": Trial(llama_task.llama, 150, 1e-4, "llama"),
@@ -62,29 +64,24 @@ TRIALS = {
 
 
 class Candidate(NamedTuple):
-    """A setting, and the exponent of the share of selected entries; None is literal."""
+    """A setting, and the exponent of the share of selected entries: 0.5 as it comes."""
 
     window: int
     density: float
     block_size: int = 256
-    exponent: float | None = 0.5
+    exponent: float = 0.5
 
     @property
     def title(self) -> str:
         """As the records name it."""
+        own = f"MicroAdam ({self.window}, {round(100 * self.density)} %)"
         blocks = "" if self.block_size == 256 else f", blocks of {self.block_size}"
-        way = "literal" if self.exponent is None else f"exponent {self.exponent:g}"
-        return f"({self.window}, {round(100 * self.density)} %){blocks}, {way}"
+        way = "" if self.exponent == 0.5 else f", exponent {self.exponent:g}"
+        return own + blocks + way
 
     @property
     def method(self) -> methods.Method:
-        return methods.micro(
-            self.window,
-            self.density,
-            0.0,
-            block_size=self.block_size,
-            match_adam=self.exponent is not None,
-        )
+        return methods.micro(self.window, self.density, block_size=self.block_size)
 
 
 def candidates(exponents: tuple[float, ...]) -> list[Candidate]:
@@ -97,7 +94,8 @@ def candidates(exponents: tuple[float, ...]) -> list[Candidate]:
 
 
 def work_of(trial: Trial, title: str, method: methods.Method, task: Any) -> study.Work:
-    one = study.Study(title, trial.task, {title: method}, trial.steps, evaluations=1)
+    of_one, often = {title: method}, trial.evaluations
+    one = study.Study(title, trial.task, of_one, trial.steps, evaluations=often)
     return study.Work(one, Runs(trial.record), task, title)
 
 
@@ -119,14 +117,14 @@ def rows_of(
     work = work_of(trial, one.title, one.method, task)
     kept, own = _moments.EXPONENT, float(f"{factor * rate:.3g}")
     jax.clear_caches()  # what was traced has the exponent of the one before
-    _moments.EXPONENT = kept if one.exponent is None else one.exponent
+    _moments.EXPONENT = one.exponent
     try:
         return work.rows(own, FACTORS[factor], trial.steps)
     finally:
         _moments.EXPONENT = kept
 
 
-def conduct(name: str, exponents: tuple[float, ...], factors: list[float]) -> None:
+def conduct(name: str, wanted: list[Candidate], factors: list[float]) -> None:
     """Does all runs of a study that are not on disk, and prints the scores."""
     trial = TRIALS[name]
     task = functools.cache(trial.task)
@@ -134,7 +132,7 @@ def conduct(name: str, exponents: tuple[float, ...], factors: list[float]) -> No
     least, spread = mean_score(adam), statistics.stdev(map(score, adam))
     print(f"{name}: Adam {least:.4f} +- {spread:.4f} at {rate:g}", flush=True)
     for factor in factors:
-        for one in candidates(exponents):
+        for one in wanted:
             found = mean_score(rows_of(trial, one, task, rate, factor))
             scored = (found - least) / spread
             print(f"{name}, {one.title}, rate x {factor:g}: {scored:+.2f}", flush=True)
@@ -144,16 +142,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("studies", nargs="*", help="parts of their names; all by default")
+    add("--settings", nargs="*", metavar="X", help="such as '(1, 4 %%), blocks of 64'")
     add("--exponents", nargs="+", type=float, default=EXPONENTS, metavar="X")
     add("--factors", nargs="+", type=float, default=list(FACTORS), metavar="X")
     add("--list", action="store_true", help="the studies, and no more")
     args = parser.parse_args(arguments)
-    wanted = [x for x in TRIALS if not args.studies or any(y in x for y in args.studies)]
-    for name in wanted:
+    every = candidates(tuple(args.exponents))
+    wanted = {f"MicroAdam {x}" for x in args.settings or []}
+    some = [x for x in every if not wanted or x.title in wanted]
+    for name in TRIALS:
+        if args.studies and not any(part in name for part in args.studies):
+            continue
         if args.list:
             print(name)
         else:
-            conduct(name, tuple(args.exponents), args.factors)
+            conduct(name, some, args.factors)
     return 0
 
 

@@ -61,7 +61,7 @@ def all_methods(ways: tuple[str, ...]) -> dict[str, methods.Method]:
     for name, settings in SETTINGS.items():
         for way in ways:
             found[f"{name}, {way}"] = methods.micro(
-                **settings, centre=0.0, match_adam=WAYS[way] is not None
+                **settings, match_adam=WAYS[way] is not None
             )
     return found
 

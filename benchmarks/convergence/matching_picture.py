@@ -6,7 +6,7 @@ from typing import Any
 import pictures
 from pictures import plt
 
-SHOWN = {"literal": "without match_adam", "exponent 0.5": "with match_adam=True"}
+SHOWN = {"literal": "match_adam=False", "exponent 0.5": "the default"}
 FLATTENS = "(10, 1 %)"  # by its scores all others, so the axes need not hold them
 
 

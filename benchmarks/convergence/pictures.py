@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 from runs import Outcome, deciding
 
 WIDTH = 6.4  # inches
-RECOMMENDED = ("MicroAdam (2, 6 %)", "MicroAdam (1, 25 %)")
+RECOMMENDED = ("MicroAdam (2, 6 %)", "MicroAdam (1, 4 %)")
 COLORS = {
     "Adam": "black",
     "AdamW, mu in bfloat16": "0.6",
@@ -26,8 +26,7 @@ COLORS = {
     "GaLore, rank 32": "tab:cyan",
     "MicroAdam (10, 1 %), all compressed": "tab:red",
     "MicroAdam (2, 6 %)": "tab:blue",
-    "MicroAdam (1, 25 %)": "tab:orange",
-    "MicroAdam (1, 4 %)": "tab:green",
+    "MicroAdam (1, 4 %)": "tab:orange",
 }
 OF_MECHANISM = {  # where (1, 25 %) did not run; the emphasized ones are drawn last
     "(10, 1 %)": "tab:red",

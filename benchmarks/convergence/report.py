@@ -87,20 +87,20 @@ def main_section(name: str) -> str:
     parts = [
         f"{one.about[0].upper()}{one.about[1:]}. {one.steps:,} steps, {one.seeds} seeds "
         f"at the best learning rate of a grid ({one.search_seeds} seed"
-        f"{'s' if one.search_seeds > 1 else ''}):",
+        f"{'s' if one.search_seeds > 1 else ''}), MicroAdam but the paper's at Adam's:",
         with_missing(found, wanted),
     ]
     if longer:
         parts += [
             f"{one.long:,} steps, {one.seeds} seeds, at that rate or as many times half "
-            "of it as that helps:",
+            "of it as that helps, MicroAdam but the paper's at Adam's:",
             with_missing(longer, list(one.long_for) or wanted),
         ]
     if one.evaluations > 1:
         parts.append(f"![{what} by step](images/{name}.png)")
     parts += [
         f"![{what} by learning rate](images/{name}_rates.png)",
-        f"{measured_on(name)}.",
+        f"{measured_on(name, [*found, *longer])}.",
     ]
     return "\n\n".join(parts)
 
@@ -112,16 +112,25 @@ def with_missing(found: list[Outcome], wanted: list[str]) -> str:
     return table(found, adam_of(found)) + note
 
 
-def measured_on(name: str) -> str:
-    runs = study.record(name)
+def measured_on(name: str, found: list[Outcome]) -> str:
+    """The record's machine and command, and who ran elsewhere."""
+    machine = study.record(name).machine
     command = f"python benchmarks/convergence/study.py {name}"  # a part of it or all
-    return pages.measured_on({"machine": {**runs.machine, "command": command}})
+    text = pages.measured_on({"machine": {**machine, "command": command}})
+    others: dict[str, list[str]] = {}
+    for one in found:
+        own = machine | one.rows[0].get("machine", {})
+        if own != machine:
+            where = f"{own['processor']}, jax {own['jax']}, Python {own['python']}"
+            names = others.setdefault(where, [])
+            names += [] if one.method in names else [one.method]
+    return "; ".join([text, *(f"{', '.join(y)}: {x}" for x, y in others.items())])
 
 
 def windows_section(name: str) -> str:
     """The settings of MicroAdam beside their bytes, and Adam."""
     one = study.STUDIES[name]
-    found = outcomes(name, one.steps, list(methods.WINDOWS))
+    found = in_short(outcomes(name, one.steps, list(methods.WINDOWS)))
     if not found:
         return "Not run yet."
     adam = adam_of(outcomes(name, one.steps, ["Adam"]))
@@ -129,17 +138,23 @@ def windows_section(name: str) -> str:
     pictures.equal_bytes(found, adam, one.about, IMAGES / image)
     what = deciding(found[0].rows[0])
     shown = [adam, *found] if adam else found
-    options = outcomes(name, one.steps, list(methods.OPTIONS))
+    options = in_short(outcomes(name, one.steps, list(methods.OPTIONS)))
     others = f"\n\nOne thing changed:\n\n{table(options, adam)}" if options else ""
     return (
-        f"{one.about[0].upper()}{one.about[1:]}; {one.steps:,} steps, {one.seeds} seeds."
+        f"{one.about[0].upper()}{one.about[1:]}; {one.steps:,} steps, {one.seeds} seeds, "
+        "`match_adam=False`, each at its own best learning rate."
         f"\n\n{table(shown, adam)}\n\n![{what} by bytes of state](images/{image}){others}"
     )
 
 
+def in_short(found: list[Outcome]) -> list[Outcome]:
+    """Where all are literal, and the text says so."""
+    return [x._replace(method=x.method.removesuffix(", literal")) for x in found]
+
+
 def quality_section() -> str:
     """Adam and the settings of MicroAdam in all studies, mean and spread."""
-    wanted = ["Adam", "MicroAdam (2, 6 %)", "MicroAdam (1, 25 %)", methods.PAPER]
+    wanted = ["Adam", methods.DEFAULT, methods.LEAST, methods.PAPER]
     rows = []
     for name, one in study.STUDIES.items():
         for steps in (one.steps, one.long):
@@ -158,13 +173,13 @@ def quality_section() -> str:
 def overview_section() -> str:
     """A sentence for the landing page."""
     one = study.STUDIES["language"]
-    wanted = ["Adam", "MicroAdam (2, 6 %)"]
+    wanted = ["Adam", methods.DEFAULT]
     adam, ours = outcomes("language", one.long, wanted)
     what = deciding(adam.rows[0])
     return (
         f"**A {what} of {figure(ours.mean, what)} ± {figure(ours.spread, what)}, where "
         f"Adam ends at {figure(adam.mean, what)} ± {figure(adam.spread, what)}**: "
-        f"{one.about}, {one.long:,} steps, each at its own best learning rate "
+        f"{one.about}, {one.long:,} steps, both at Adam's best learning rate "
         "([convergence](convergence.md)):"
     )
 
@@ -173,10 +188,14 @@ def rates_section() -> str:
     """The best learning rate of each setting over Adam's, by study."""
     columns = [best_rates(names) for names in COMPARED.values()]
     rows = [
-        [method.removeprefix("MicroAdam "), *(x.get(method, "") for x in columns)]
+        [in_table(method), *(x.get(method, "") for x in columns)]
         for method in [methods.PAPER, *methods.WINDOWS]
     ]
     return pages.table(["(window, density)", *COMPARED], rows)
+
+
+def in_table(method: str) -> str:
+    return method.removeprefix("MicroAdam ").removesuffix(", literal")
 
 
 def best_rates(names: tuple[str, ...]) -> dict[str, str]:
