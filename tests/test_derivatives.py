@@ -98,7 +98,8 @@ def test_of_what_is_selected(way):
     numbers = traced(NUMBERS)
 
     def update(gradient, numbers, state):
-        tx = scale_by_microadam(**numbers, window=window, implementation="xla")
+        literal = {"match_adam": False, "implementation": "xla"}
+        tx = scale_by_microadam(**numbers, window=window, **literal)
         return tx.update(gradient, state)
 
     gradient, state = random(shape, dtype), scale_by_microadam(window=window).init

@@ -43,7 +43,8 @@ STEPS, BEGIN = 900, 300  # of training, of which the first are not looked at
 
 
 def transformation(window: int, density: float) -> optax.GradientTransformation:
-    return scale_by_microadam(window=window, density=density, dense=None)
+    literal = {"dense": None, "match_adam": False}
+    return scale_by_microadam(window=window, density=density, **literal)
 
 
 def moves(tx: optax.GradientTransformation) -> list[float]:

@@ -89,9 +89,7 @@ def options(name: str, window: int, density: float, centre: float) -> dict[str, 
         "b2 0.95": {"b2": 0.95},
     }
     return {
-        f"MicroAdam {name}, {change}, literal": literal(
-            window, density, centre, **kwargs
-        )
+        f"MicroAdam {name}, {change}, literal": literal(window, density, centre, **kwargs)
         for change, kwargs in changes.items()
     }
 

@@ -3,9 +3,9 @@
 python benchmarks/convergence/micro_batches.py [--tasks TEXT]
 
 Each step's batch is cut into 4 or 16 micro-batches. The default setting at 4 and 8 bits
-of error, with and without stochastic rounding, three seeds, at the best learning rate of
-MultiSteps. Runs are kept one by one, so it goes on where it was; `report.py` writes the
-table.
+of error, with and without stochastic rounding, `match_adam=False`, three seeds, at the
+best learning rate of MultiSteps. Runs are kept one by one, so it goes on where it was;
+`report.py` writes the table.
 """
 
 import argparse
@@ -72,7 +72,8 @@ def in_micro_batches(task: tasks.Task, joined: int, every: int) -> tasks.Task:
 
 def transformation(way: str, every: int, rate: Any) -> optax.GradientTransformation:
     own = {} if way == WHOLE else WAYS[way]
-    tx = microadam(rate, dense=smaller_than(methods.SMALL), **own)
+    own = {"dense": smaller_than(methods.SMALL), "match_adam": False, **own}
+    tx = microadam(rate, **own)
     if way == WHOLE:
         return optax.MultiSteps(tx, every).gradient_transformation()
     return accumulate(tx, every)

@@ -42,6 +42,7 @@ def keep_largest(k: int) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
+LITERAL = {"dense": None, "match_adam": False}
 # A leaf of two is one block of 8, of which an eighth is one entry. The second number is
 # the rate of the path that is drawn: MicroAdam's steps are longer, see mechanism.py.
 OPTIMIZERS = {
@@ -51,11 +52,11 @@ OPTIMIZERS = {
         3e-3,
     ),
     "MicroAdam, window 10, 1 of 2 entries": (
-        lambda rate: microadam(rate, window=10, density=0.125, dense=None),
+        lambda rate: microadam(rate, window=10, density=0.125, **LITERAL),
         3e-4,
     ),
     "MicroAdam, window 2, 1 of 2 entries": (
-        lambda rate: microadam(rate, window=2, density=0.125, dense=None),
+        lambda rate: microadam(rate, window=2, density=0.125, **LITERAL),
         3e-4,
     ),
 }
