@@ -39,11 +39,19 @@ def check(folder: pathlib.Path, decided: dict[str, Any]) -> None:
     except ValueError:
         raise ValueError(f"{file} cannot be read: it is no JSON") from None
     for name in decided:
-        if name not in found or found[name] != decided[name]:
+        before, now = (began(name, x.get(name)) for x in (found, decided))
+        if before != now:
             raise ValueError(
-                f"{folder} has a run with {name} {found.get(name)}, not {decided[name]}: "
-                "go on with what it began with, or choose another folder"
+                f"--checkpoints: the run in {folder} began {before}, this one {now}: go "
+                "on with what it began with, or choose another folder"
             )
+
+
+def began(name: str, value: str | None) -> str:
+    """An argument as a user would write it."""
+    if value in ("None", "False", None):
+        return f"without {name}"
+    return f"with {name}" if value == "True" else f"with {name} {value}"
 
 
 def open_checkpoints(
@@ -105,14 +113,16 @@ def shapes(tree: Any) -> Any:
 
 @contextlib.contextmanager
 def readable(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
-    """Says of a damaged checkpoint which one it is, and where to go on without it."""
+    """Says of a damaged checkpoint which one it is, and where to go on without it.
+
+    The libraries' reasons are of no use to a user, but in the traceback's cause.
+    """
     try:
         yield
     except Exception as error:
         before = [x for x in manager.all_steps() if x < step]
         rest = f"from step {max(before)}" if before else "from the beginning"
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
             f"the checkpoint {manager.directory / str(step)} cannot be read: move it "
-            f"away to go on {rest} ({reason[:200]})"
+            f"away to go on {rest}"
         ) from error

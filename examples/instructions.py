@@ -8,18 +8,20 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
 import docstrings
+from command_line import counted
 from llama_step import Batch
 
 TRAINED, HELD_OUT = 120, 10  # docstrings of a package
 SUMMARY, BODY = (20, 100), (120, 280)  # characters, at least and at most
 SHARE, MOST = 0.05, 32  # of the data that is held out; rows at most
 LINES = {".json", ".jsonl", ".ndjson"}
+PAIRS, TEXT = "pairs", "text"  # kinds of data
 
 
 class Pair(NamedTuple):
@@ -30,11 +32,17 @@ class Pair(NamedTuple):
 
 
 class Data(NamedTuple):
-    """Rows to train on, rows that are only evaluated, and how many lost some tokens."""
+    """Rows to train on, rows that are only evaluated, and what they are.
+
+    Attributes:
+      cut: how many of them lost some tokens.
+      kind: `PAIRS` or `TEXT`.
+    """
 
     train: Batch
     held_out: Batch
     cut: int
+    kind: str
 
 
 class Encoder(NamedTuple):
@@ -79,22 +87,27 @@ def load(file: pathlib.Path | None, encoder: Encoder, seed: int, show: bool) -> 
     if file is None:
         train, kept_out = (encode_pairs(x, encoder) for x in summaries(show))
         chosen = rng.permutation(len(kept_out[0].tokens))[:MOST]
-        cut = train[1] + kept_out[1]
-        return Data(train[0], take(kept_out[0], chosen), cut)
+        cut = train[1].sum() + kept_out[1][chosen].sum()
+        return Data(train[0], take(kept_out[0], chosen), int(cut), PAIRS)
     rows, cut = _rows(file, encoder)
-    rows = take(rows, np.flatnonzero(rows.weights.any(axis=1)))  # where something counts
-    number = len(rows.tokens)
+    kind = PAIRS if file.suffix.lower() in LINES else TEXT
+    counts = np.flatnonzero(rows.weights.any(axis=1))  # rows where something counts
+    rows, number = take(rows, counts), len(counts)
     if number < 2:
+        less = " or a smaller --length" * (kind == TEXT)
+        made = f"{file} makes {counted(number, 'row')} of {encoder.length} tokens"
         raise ValueError(
-            f"{file} makes {number} row of {encoder.length} tokens, and 2 are the least: "
-            "one to train on and one to hold out; give more text or a smaller --length"
+            f"{made}, and 2 are the least: one to train on and one to hold out; give "
+            f"more {kind}{less}"
         )
     order = rng.permutation(number)
     held_out = min(MOST, max(1, round(SHARE * number)))
-    return Data(take(rows, order[held_out:]), take(rows, order[:held_out]), cut)
+    parts = take(rows, order[held_out:]), take(rows, order[:held_out])
+    return Data(*parts, int(cut[counts].sum()), kind)
 
 
-def _rows(file: pathlib.Path, encoder: Encoder) -> tuple[Batch, int]:
+def _rows(file: pathlib.Path, encoder: Encoder) -> tuple[Batch, np.ndarray]:
+    """All rows, and which of them were cut."""
     try:
         text = file.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -103,7 +116,8 @@ def _rows(file: pathlib.Path, encoder: Encoder) -> tuple[Batch, int]:
         raise ValueError(f"{file} is empty")
     if file.suffix.lower() in LINES:
         return encode_pairs(read_pairs(file, text), encoder)
-    return encode_text(text, encoder), 0
+    rows = encode_text(text, encoder)
+    return rows, np.zeros(len(rows.tokens), bool)
 
 
 def read_pairs(file: pathlib.Path, text: str) -> list[Pair]:
@@ -112,21 +126,46 @@ def read_pairs(file: pathlib.Path, text: str) -> list[Pair]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                found = json.loads(line)
+                pairs.append(_pair_of(json.loads(line)))
             except (ValueError, RecursionError) as error:
-                said = getattr(error, "msg", error)
-                raise ValueError(f"{file}, line {number}: no JSON: {said}") from None
-            found = found if isinstance(found, dict) else {}
-            pair = Pair(*(found.get(key) for key in Pair._fields))
-            if not all(isinstance(x, str) for x in pair) or not pair.completion:
-                raise ValueError(
-                    f"{file}, line {number}: expected an object with the texts "
-                    '"prompt" and "completion", the second not empty'
-                )
-            if any("\ud800" <= x <= "\udfff" for text in pair for x in text):
-                raise ValueError(f"{file}, line {number}: half a character, a surrogate")
-            pairs.append(pair)
+                said = str(error)
+                if not isinstance(error, _PairError):
+                    several = " (one object a line is expected)" * _is_json(text)
+                    said = f"no JSON: {getattr(error, 'msg', error)}{several}"
+                raise ValueError(f"{file}, line {number}: {said}") from None
     return pairs
+
+
+class _PairError(ValueError):
+    """JSON that is no pair."""
+
+
+def _pair_of(found: Any) -> Pair:
+    """Of an object with two texts; _PairError says what is wrong with it."""
+    expected = 'expected an object with the texts "prompt" and "completion"'
+    if not isinstance(found, dict):
+        raise _PairError(f"{expected}, got a {type(found).__name__}")
+    for key in Pair._fields:
+        if key not in found:
+            there = ", ".join(json.dumps(x) for x in found) or "nothing"
+            raise _PairError(f'{expected}; there is no "{key}", but {there}')
+        if not isinstance(found[key], str):
+            raise _PairError(f'{expected}; "{key}" is no text')
+        if any("\ud800" <= x <= "\udfff" for x in found[key]):
+            raise _PairError(f'half a character, a surrogate, in "{key}"')
+    pair = Pair(*(found[key] for key in Pair._fields))
+    if not pair.completion:
+        raise _PairError(f'{expected}; "completion" is empty')
+    return pair
+
+
+def _is_json(text: str) -> bool:
+    """Whether it is so as a whole, such as an array over several lines."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def summaries(show: bool = False) -> tuple[list[Pair], list[Pair]]:
@@ -154,22 +193,22 @@ def _pairs_of(file: pathlib.Path) -> Iterator[Pair]:
             yield Pair(f"{cut}\n\nIn one line:", f" {first}")
 
 
-def encode_pairs(pairs: list[Pair], encoder: Encoder) -> tuple[Batch, int]:
-    """Rows in which completions count, and how many were too long.
+def encode_pairs(pairs: list[Pair], encoder: Encoder) -> tuple[Batch, np.ndarray]:
+    """Rows in which completions count, and which of them were too long.
 
     A prompt that does not fit loses its beginning, a completion its end.
     """
-    size, cut = encoder.length + 1 - len(encoder.begin), 0
-    rows = []
+    size = encoder.length + 1 - len(encoder.begin)
+    rows, cut = [], []
     for pair in pairs:
         prompt, completion = encoder(pair.prompt), encoder(pair.completion) + encoder.end
-        cut += len(prompt) + len(completion) > size
+        cut.append(len(prompt) + len(completion) > size)
         least = min(len(prompt), 1 - len(encoder.begin))  # something must come before
         completion = completion[: size - least]
         prompt = prompt[max(0, len(prompt) + len(completion) - size) :]
         prompt = encoder.begin + prompt
         rows.append((prompt + completion, max(1, len(prompt))))
-    return _stacked(rows, encoder.length), cut
+    return _stacked(rows, encoder.length), np.array(cut, bool)
 
 
 def encode_text(text: str, encoder: Encoder) -> Batch:

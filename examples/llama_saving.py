@@ -133,6 +133,7 @@ def _write_weights(
             save_file(tensors, made / file, metadata=metadata)
         except SafetensorError as error:  # such as a full disk
             raise OSError(f"{made / file}: {error}") from None
+        (made / file).chmod(0o666 & ~_umask())  # the library's files are private
     if len(groups) > 1:
         places = zip(files, groups, strict=True)
         index = {

@@ -21,7 +21,7 @@ import cpu_devices
 import instructions
 import llama_samples
 import llama_step
-from command_line import compiling
+from command_line import compiling, counted
 from instructions import Data
 from llama_config import Config
 from llama_step import Batch, Params
@@ -137,7 +137,8 @@ def held_out_loss(loss: Callable, run: Run, rows: Batch, like: Batch, put: Rows)
         filled = (np.pad(x, ((0, filling), (0, 0))) for x in part)
         total += float(loss(run.params, put(Batch(*filled))))
     if not np.isfinite(total):
-        raise FloatingPointError(f"the held-out loss is {total} after {run.step} steps")
+        after = counted(run.step, "step")
+        raise FloatingPointError(f"the held-out loss is {total} after {after}")
     return total / float(rows.weights.sum())
 
 
@@ -155,10 +156,7 @@ def step_once(
         tokens += instructions.used(batch)
     mean = float(np.mean([float(x) for x in losses]))
     if not np.isfinite(mean):
-        raise FloatingPointError(
-            f"the loss is {mean} at step {run.step + 1}; a smaller --learning-rate than "
-            f"{args.learning_rate:g} may help"
-        )
+        raise FloatingPointError(f"the loss is {mean} at step {run.step + 1}")
     return Run(run.step + 1, params, state, run.before, [*run.losses, mean]), tokens
 
 
@@ -171,7 +169,7 @@ def finite(tree: Any) -> jax.Array:
 def train(
     args: argparse.Namespace, step: Callable, run: Run, data: Data, put: Rows, manager
 ) -> Run:
-    """To the last step, with progress; saves on the way, if there is a manager."""
+    """To the last step, with progress; saves on the way there, with a manager."""
     seconds = tokens = 0.0
     bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=args.quiet)
     with bar:
@@ -179,7 +177,7 @@ def train(
             began = time.perf_counter()
             run, more = step_once(args, step, run, data.train, put)
             seconds, tokens = seconds + time.perf_counter() - began, tokens + more
-            due = run.step % args.checkpoint_every == 0 or run.step == args.steps
+            due = run.step % args.checkpoint_every == 0 and run.step < args.steps
             if manager is not None and due:
                 save(manager, run)
             bar.set_postfix_str(
@@ -187,6 +185,12 @@ def train(
             )
             bar.update()
     return run
+
+
+def save_last(manager: Any, run: Run) -> None:
+    """The end of a run, unless that is there."""
+    if manager is not None and manager.latest_step() != run.step:
+        save(manager, run)
 
 
 def save(manager: Any, run: Run) -> None:

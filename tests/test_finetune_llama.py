@@ -73,7 +73,7 @@ def test_it_learns_says_so_saves_and_draws(folder, model, capsys):
     assert after < before - 1
     number = sum(x.size for x in weights(model).values())
     assert f"{number:,} float32 parameters of {folder / 'model'}" in out
-    assert "34 rows to train on, 2 held out; 8 steps of 4 rows" in out
+    assert "34 rows of pairs to train on, 2 held out; 8 steps of 4 rows" in out
     assert len(re.findall(r"  \.\.\. \d and \d make\n    model: ", out)) == 4
     assert re.search(r"    data: \d+\n", out)
     assert re.search(r"compiling the training step \.\.\. \d+\.\d s\n", err)
@@ -115,8 +115,9 @@ def cut_short(monkeypatch):
 
         with monkeypatch.context() as patched:
             patched.setattr(llama_training, "step_once", step_once)
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(SystemExit) as stopped:
                 run(*arguments)
+            assert stopped.value.code == 130
 
     return interrupted
 
@@ -137,6 +138,8 @@ def test_a_run_goes_on_as_if_it_had_not_been_interrupted(more, cut_short, capsys
     run("--save=whole", *more)
     whole = capsys.readouterr().out
     cut_short(*kept, *more)
+    said = "interrupted; the same command goes on after 2 steps\n"
+    assert capsys.readouterr().err.endswith(said)
     run("--save=resumed", *kept, *more)
     assert capsys.readouterr().out == whole  # the losses before and after
     assert_same_bits("whole", "resumed")
@@ -146,7 +149,8 @@ def test_a_run_goes_on_as_if_it_had_not_been_interrupted(more, cut_short, capsys
     with pytest.raises(SystemExit) as stopped:
         run(*kept, *more, "--seed=1")
     assert stopped.value.code == 2
-    assert "kept has a run with --seed 0, not 1: " in capsys.readouterr().err
+    words = "the run in kept began with --seed 0, this one with --seed 1: "
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -156,7 +160,8 @@ def test_other_data_are_another_run(folder, capsys):
         file.write(json.dumps(PAIRS[0]) + "\n")
     with pytest.raises(SystemExit):
         run("--checkpoints=kept", "--steps=1")
-    assert "kept has a run with data of the fingerprint" in capsys.readouterr().err
+    words = "the run in kept began with --data of the fingerprint"
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -209,7 +214,18 @@ def test_a_run_that_diverges_ends_with_one_line(folder, capsys):
     error = capsys.readouterr().err
     assert re.search(r"error: the loss is (nan|inf) at step 2; a smaller --lea", error)
     assert error.count("\n") == 1
-    assert not list((folder / "out").iterdir())
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.makes_nan
+@pytest.mark.slow
+def test_what_diverges_in_its_last_step_is_not_kept(folder, capsys):
+    """The loss of a step is of the parameters before it; those after it are finite."""
+    with pytest.raises(SystemExit):
+        run("--learning-rate=1e30", "--checkpoints=kept", "--steps=1")
+    error = capsys.readouterr().err
+    assert "after 1 step; a smaller --learning-rate than 1e+30 may help" in error
+    assert not (folder / "kept" / "1").exists()
 
 
 @pytest.mark.slow
@@ -234,19 +250,29 @@ def test_eight_devices_make_the_losses_of_one():
         (["--mesh=8"], "argument --mesh: expected fsdp=N, got '8'"),
         (["--layerwise", "--optimizer=adafactor"], "--layerwise: adafactor scales"),
         (["--length=65"], "--length 65 is more than the model's 64 positions"),
-        (["--model=nowhere"], "nowhere"),
-        (["--data=nowhere"], "cannot read nowhere: No such file or directory"),
+        (["--model=nowhere"], "--model: nowhere is neither a folder nor a file"),
+        (["--data=nowhere"], "--data: cannot read nowhere: No such file or directory"),
+        (["--data=full"], "--data: cannot read full: Is a directory"),
         (["--data=empty.txt"], "empty.txt is empty"),
-        (["--data=short.txt"], "short.txt makes 1 row of 24 tokens, and 2 are the"),
+        (["--data=short.txt"], "give more text or a smaller --length"),
+        (["--data=one.jsonl"], "one.jsonl makes 1 row of 24 tokens, and 2 are the"),
         (["--data=noise.txt"], "noise.txt is no UTF-8 text: byte 1"),
         (["--data=bad.jsonl"], "bad.jsonl, line 2: no JSON: Expecting"),
+        (["--data=pretty.json"], "line 1: no JSON: Expecting value (one object a line"),
         (["--data=half.jsonl"], "half.jsonl, line 1: expected an object with the texts"),
-        (["--batch=35"], "pairs.jsonl leaves 34 rows to train on, fewer than --batch 35"),
+        (
+            ["--batch=35"],
+            "pairs.jsonl: there are 34 rows to train on, fewer than --batch",
+        ),
+        (["--learning-rate=inf"], "invalid positive float value: 'inf'"),
         (["--save=full"], "--save: full is not empty"),
-        (["--save=empty.txt"], "--save: cannot write in empty.txt: File exists"),
+        (["--save=empty.txt"], "--save: empty.txt is no folder"),
+        (["--checkpoints=empty.txt"], "--checkpoints: empty.txt is no folder"),
+        (["--save=new", "--data=nowhere"], "--data: cannot read nowhere"),
         (["--save=a/b", "--checkpoints=a"], "--save a/b and --checkpoints a must lie"),
         (["--checkpoints=full"], "full is not empty and has no run.json"),
         (["--plot=loss"], "--plot: loss must end in a dot and one of "),
+        (["--plot=loss.pgf"], "--plot: loss.pgf must end in a dot and one of "),
     ],
 )
 def test_errors_are_one_line_before_anything_is_trained(
@@ -257,9 +283,12 @@ def test_errors_are_one_line_before_anything_is_trained(
     (folder / "noise.txt").write_bytes(b"a\xff")
     (folder / "bad.jsonl").write_text('{"prompt": "", "completion": "x"}\n{')
     (folder / "half.jsonl").write_text('{"prompt": "x"}\n')
+    (folder / "one.jsonl").write_text(json.dumps(PAIRS[0]))
+    (folder / "pretty.json").write_text(json.dumps(PAIRS, indent=1))
     (folder / "full").mkdir()
     (folder / "full" / "file").write_text("mine")
     monkeypatch.setattr(finetune_llama, "fine_tune", lambda *_: pytest.fail("it began"))
+    before = sorted(folder.iterdir())
     with pytest.raises(SystemExit) as stopped:
         run(*arguments)
     assert stopped.value.code == 2
@@ -267,6 +296,7 @@ def test_errors_are_one_line_before_anything_is_trained(
     assert len(lines) == 1
     assert words in lines[0]
     assert [x.name for x in (folder / "full").iterdir()] == ["file"]
+    assert sorted(folder.iterdir()) == before
 
 
 def encoder(length, begin=(256,)):
@@ -283,7 +313,7 @@ def test_what_counts_of_a_pair_is_its_completion():
     np.testing.assert_array_equal(
         rows.weights, [[0, 0, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1]]
     )
-    assert cut == 1
+    assert cut.tolist() == [False, True]
     assert instructions.used(rows) == 5 + 7
 
 
@@ -299,7 +329,9 @@ def test_every_token_of_a_text_is_predicted_once(begin):
 @pytest.mark.parametrize(
     ("name", "line", "words"),
     [
-        ("a.JSONL", '{"prompt": "a"}', "line 1: expected an object"),
+        ("a.JSONL", '{"prompt": "a"}', 'there is no "completion", but "prompt"'),
+        ("a.jsonl", '["a", "b"]', "line 1: expected an object .*, got a list"),
+        ("a.jsonl", '{"prompt": "a", "completion": ""}', '"completion" is empty'),
         (
             "a.jsonl",
             '{"prompt": "\\ud83d", "completion": "b"}',
@@ -309,7 +341,7 @@ def test_every_token_of_a_text_is_predicted_once(begin):
         (
             "a.jsonl",
             '\ufeff{"prompt": 1, "completion": "b"}',
-            "line 1: expected an object",
+            'line 1: expected an object .*; "prompt" is no text',
         ),
     ],
 )
@@ -363,6 +395,7 @@ def test_help_shows_the_defaults(capsys):
     with pytest.raises(SystemExit):
         finetune_llama.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("(default: 60)", "microadam 0.0002", "weigh equally", "SmolLM2"):
+    for words in ("(default: 60)", "microadam 0.0001", "weigh equally", "SmolLM2"):
         assert words in text
+    assert '{"prompt": "...", "completion": "..."}' in text
     assert "None" not in text

@@ -110,7 +110,7 @@ def test_nothing_on_the_way_is_nan(implementation):
 def test_float64_beyond_float32():
     with jax.enable_x64(True):
         g = jnp.asarray([1e300, -1e300, 1.0, 1e-300])
-        tx = scale_by_microadam(window=2, density=0.25, shards=1)
+        tx = scale_by_microadam(window=2, density=0.25, shards=1, match_adam=False)
         updates, state = tx.update(g, tx.init(g))
         assert finite((updates, state))
         np.testing.assert_allclose(updates, [1, -1, 0, 0], rtol=1e-6)
