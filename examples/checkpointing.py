@@ -34,6 +34,8 @@ def check(folder: pathlib.Path, decided: dict[str, Any]) -> None:
     file = folder / RUN
     if not file.exists():
         raise ValueError(f"{folder} is not empty and has no {RUN}: choose another folder")
+    if not any(x.name.isdigit() for x in folder.iterdir()):
+        return  # of a run that ended before its first checkpoint
     try:
         found = json.loads(file.read_text())
     except ValueError:

@@ -226,6 +226,7 @@ def test_what_diverges_in_its_last_step_is_not_kept(folder, capsys):
     error = capsys.readouterr().err
     assert "after 1 step; a smaller --learning-rate than 1e+30 may help" in error
     assert not (folder / "kept" / "1").exists()
+    run("--checkpoints=kept", "--steps=1")  # at another rate, for nothing is there
 
 
 @pytest.mark.slow

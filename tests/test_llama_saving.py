@@ -38,6 +38,8 @@ def test_saved_folders_are_as_transformers_names_them(name, tmp_path):
     assert_same(again.params, loaded.params)
     assert again.tokenizer.encode("w3 w4").ids == [1, 3, 4]
     assert [x.name for x in (tmp_path / "new").iterdir()] == ["out"]
+    files = [x for x in (tmp_path / "new" / "out").rglob("*") if x.is_file()]
+    assert len({x.stat().st_mode for x in files}) == 1  # whoever reads one reads all
 
 
 def test_side_files_and_config_go_along(folder, tmp_path):
