@@ -168,6 +168,7 @@ def test_docs_have_the_tables_of_the_results(name, steps):
     text = section(DOCS / "convergence.md", "language windows" if windows else name)
     shown = list(methods.WINDOWS if windows else methods.MAIN)
     found = report.outcomes(name, steps, shown)
+    found = report.in_short(found) if windows else found
     reference = report.adam_of(report.outcomes(name, steps, ["Adam"]))
     if windows and reference and found:
         found = [reference, *found]

@@ -23,7 +23,6 @@ COMPARED = {  # the studies in the table of rates
     "digits": ("digits",),
     "language": ("language", "language_windows"),
     "fine-tuned": ("language_finetuned",),
-    "MiniLM": ("bert",),
 }
 
 
@@ -91,9 +90,11 @@ def main_section(name: str) -> str:
         with_missing(found, wanted),
     ]
     if longer:
+        tried = len(by_rate(runs, "Adam", one.long, 1))
+        wide = f" (Adam's the best of {tried})" if tried >= study.GRID else ""
         parts += [
             f"{one.long:,} steps, {one.seeds} seeds, at that rate or as many times half "
-            "of it as that helps, MicroAdam but the paper's at Adam's:",
+            f"of it as that helps{wide}, MicroAdam but the paper's at Adam's:",
             with_missing(longer, list(one.long_for) or wanted),
         ]
     if one.evaluations > 1:
