@@ -19,6 +19,7 @@ import time_tables
 
 DOCS = ROOT / "docs"
 IMAGES = DOCS / "images"
+LITERAL = [methods.PAPER, *methods.WINDOWS]
 COMPARED = {  # the studies in the table of rates
     "digits": ("digits",),
     "language": ("language", "language_windows"),
@@ -188,10 +189,7 @@ def overview_section() -> str:
 def rates_section() -> str:
     """The best learning rate of each setting over Adam's, by study."""
     columns = [best_rates(names) for names in COMPARED.values()]
-    rows = [
-        [in_table(method), *(x.get(method, "") for x in columns)]
-        for method in [methods.PAPER, *methods.WINDOWS]
-    ]
+    rows = [[in_table(x), *(own.get(x, "") for own in columns)] for x in LITERAL]
     return pages.table(["(window, density)", *COMPARED], rows)
 
 
@@ -205,7 +203,7 @@ def best_rates(names: tuple[str, ...]) -> dict[str, str]:
     for name in names:
         steps = study.STUDIES[name].steps
         adam = adam_of(outcomes(name, steps, ["Adam"]))
-        for one in outcomes(name, steps) if adam else []:
+        for one in outcomes(name, steps, LITERAL) if adam else []:
             found.setdefault(one.method, f"{one.rate / adam.rate:g}")
     return found
 
