@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -34,12 +35,14 @@ def check(folder: pathlib.Path, decided: dict[str, Any]) -> None:
     file = folder / RUN
     if not file.exists():
         raise ValueError(f"{folder} is not empty and has no {RUN}: choose another folder")
-    if not any(x.name.isdigit() for x in folder.iterdir()):
-        return  # of a run that ended before its first checkpoint
     try:
         found = json.loads(file.read_text())
     except ValueError:
         raise ValueError(f"{file} cannot be read: it is no JSON") from None
+    if not isinstance(found, dict) or not all(x.startswith("--") for x in found):
+        raise ValueError(f"{file} is of another program: choose another folder")
+    if [x.name for x in folder.iterdir()] == [RUN]:
+        return  # of a run that ended before its first checkpoint
     for name in decided:
         before, now = (began(name, x.get(name)) for x in (found, decided))
         if before != now:
@@ -115,16 +118,17 @@ def shapes(tree: Any) -> Any:
 
 @contextlib.contextmanager
 def readable(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
-    """Says of a damaged checkpoint which one it is, and where to go on without it.
-
-    The libraries' reasons are of no use to a user, but in the traceback's cause.
-    """
+    """Says of a damaged checkpoint which one it is, and where to go on without it."""
     try:
         yield
+    except (MemoryError, PermissionError):  # it may be sound
+        raise
     except Exception as error:
         before = [x for x in manager.all_steps() if x < step]
         rest = f"from step {max(before)}" if before else "from the beginning"
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = re.split(r": \(slice| See full", reason)[0][:200]  # TensorStore's debris
         raise ValueError(
             f"the checkpoint {manager.directory / str(step)} cannot be read: move it "
-            f"away to go on {rest}"
+            f"away to go on {rest} ({reason})"
         ) from error

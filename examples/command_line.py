@@ -48,29 +48,37 @@ def check_file(parser: Parser, option: str, file: pathlib.Path) -> None:
 
 def check_picture(parser: Parser, option: str, file: pathlib.Path) -> None:
     """The same for what matplotlib shall draw."""
+    check_ending(parser, option, file)
+    check_file(parser, option, file)
+
+
+def check_ending(parser: Parser, option: str, file: pathlib.Path) -> None:
+    """One line and the end, if matplotlib cannot draw such a file."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     known = sorted({*FigureCanvasBase.get_supported_filetypes()} - {"pgf"})  # needs TeX
     if file.suffix[1:].lower() not in known:
         endings = ", ".join(known)
         parser.error(f"{option}: {file} must end in a dot and one of {endings}")
-    check_file(parser, option, file)
 
 
 def check_folder(
     parser: Parser, option: str, folder: pathlib.Path, keep: bool = True
 ) -> None:
     """The same for a folder, which is made if it is not there, to `keep` it or not."""
-    made = [x for x in (folder, *folder.parents) if not os.path.lexists(x)]
+    place = pathlib.Path(os.path.abspath(folder))
+    new = [x for x in (place, *place.parents) if not os.path.lexists(x)]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        for place in made if not keep else ():
-            place.rmdir()
+        place.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=place).close()
     except FileExistsError:
         parser.error(f"{option}: {folder} is no folder")
     except OSError as error:
         parser.error(f"{option}: cannot write in {folder}: {error.strerror}")
+    finally:
+        for x in () if keep else new:
+            with contextlib.suppress(OSError):
+                x.rmdir()
 
 
 def check_readable(parser: Parser, option: str, file: pathlib.Path) -> None:

@@ -11,6 +11,7 @@ and completion, of which completions count in the loss.
 
 import argparse
 import functools
+import os
 import pathlib
 import re
 import sys
@@ -30,8 +31,9 @@ import llama_training
 from command_line import (
     Parser,
     add_quiet,
+    check_ending,
+    check_file,
     check_folder,
-    check_picture,
     check_readable,
     counted,
     positive,
@@ -109,10 +111,12 @@ def check(args: argparse.Namespace, parser: Parser) -> None:
     if args.checkpoints is not None:
         check_folder(parser, "--checkpoints", args.checkpoints, keep=False)
     if args.plot is not None:
-        check_picture(parser, "--plot", args.plot)
+        check_ending(parser, "--plot", args.plot)
+        if args.save is None or args.plot.resolve().parent != args.save.resolve():
+            check_file(parser, "--plot", args.plot)
     if args.data is not None:
         check_readable(parser, "--data", args.data)
-    if args.model is not None and not args.model.exists():
+    if args.model is not None and not os.path.exists(args.model):
         parser.error(f"--model: {args.model} is neither a folder nor a file")
 
 
@@ -268,7 +272,14 @@ def where_on(manager: Any) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser()
-    args = parser.parse_args(arguments)
+    try:
+        return whole(parser.parse_args(arguments), parser)
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted\n")
+
+
+def whole(args: argparse.Namespace, parser: Parser) -> int:
+    """All that the program does."""
     parts = prepare(args, parser)
     try:
         run, after = fine_tune(args, parts)

@@ -15,7 +15,7 @@ TRANSFORMATIONS = {
     "default": microadam(1e-2),
     "paper with a schedule": microadam(SCHEDULE, weight_decay=1e-3, **PAPER),
     "XLA": microadam(1e-2, implementation="xla", block_size=64),
-    "matched": microadam(1e-2, window=1, density=0.25, match_adam=True),
+    "literal": microadam(1e-2, window=1, density=0.25, match_adam=False),
     "random rounding": microadam(1e-2, stochastic_rounding=True),
     "adamw": optax.adamw(1e-2),
     "lion, clipped by block": optax.chain(optax.clip_by_block_rms(1.0), optax.lion(1e-3)),

@@ -66,7 +66,7 @@ def losses_in(text):
 
 @pytest.mark.slow
 def test_it_learns_says_so_saves_and_draws(folder, model, capsys):
-    run("--save=out", "--plot=loss.png", "--steps=8", quiet=False)
+    run("--save=out", "--plot=out/loss.png", "--steps=8", quiet=False)
     out, err = capsys.readouterr()
     before, after = losses_in(out)
     assert before == pytest.approx(np.log(258), abs=0.5)
@@ -78,8 +78,8 @@ def test_it_learns_says_so_saves_and_draws(folder, model, capsys):
     assert re.search(r"    data: \d+\n", out)
     assert re.search(r"compiling the training step \.\.\. \d+\.\d s\n", err)
     assert re.search(r"8/8 .*loss \d\.\d+, [\d,]+ tokens/s, \d+\.\d GB", err)
-    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert out.index("model: out") < out.index("loss curve: loss.png")
+    assert (folder / "out/loss.png").read_bytes().startswith(b"\x89PNG")
+    assert out.index("model: out") < out.index("loss curve: out/loss.png")
     moved = {k: np.abs(x - weights(model)[k]).max() for k, x in weights("out").items()}
     assert min(moved.values()) > 0  # all parameters
 
@@ -269,6 +269,10 @@ def test_eight_devices_make_the_losses_of_one():
         (["--save=full"], "--save: full is not empty"),
         (["--save=empty.txt"], "--save: empty.txt is no folder"),
         (["--checkpoints=empty.txt"], "--checkpoints: empty.txt is no folder"),
+        (["--checkpoints=mine"], "mine/run.json is of another program: choose"),
+        (["--save=new/../two", "--data=nowhere"], "--data: cannot read nowhere"),
+        (["--save=a/b/" + 300 * "c"], "File name too long"),
+        (["--model=" + 300 * "m"], "is neither a folder nor a file"),
         (["--save=new", "--data=nowhere"], "--data: cannot read nowhere"),
         (["--save=a/b", "--checkpoints=a"], "--save a/b and --checkpoints a must lie"),
         (["--checkpoints=full"], "full is not empty and has no run.json"),
@@ -288,6 +292,8 @@ def test_errors_are_one_line_before_anything_is_trained(
     (folder / "pretty.json").write_text(json.dumps(PAIRS, indent=1))
     (folder / "full").mkdir()
     (folder / "full" / "file").write_text("mine")
+    (folder / "mine").mkdir()
+    (folder / "mine" / "run.json").write_text("[1]")
     monkeypatch.setattr(finetune_llama, "fine_tune", lambda *_: pytest.fail("it began"))
     before = sorted(folder.iterdir())
     with pytest.raises(SystemExit) as stopped:

@@ -30,7 +30,7 @@ from stacked_layers import (
 )
 
 
-@pytest.mark.parametrize("name", quick(TRANSFORMATIONS, "default", "matched", "adamw"))
+@pytest.mark.parametrize("name", quick(TRANSFORMATIONS, "default", "literal", "adamw"))
 def test_it_is_the_ordinary_step(name):
     """Parameters, state, loss and the gradient of the input, in every bit."""
     tx = TRANSFORMATIONS[name]

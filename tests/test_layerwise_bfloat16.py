@@ -78,7 +78,7 @@ def both(tx, steps, options):
     return found
 
 
-@pytest.mark.parametrize("name", quick(["default", "matched", "adamw"], "matched"))
+@pytest.mark.parametrize("name", quick(["default", "literal", "adamw"], "default"))
 def test_rounded_at_random_it_is_the_ordinary_step(name):
     one, other = both(TRANSFORMATIONS[name], 10, EXACT)
     assert_same_bits(one, other)

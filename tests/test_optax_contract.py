@@ -22,17 +22,18 @@ from optax._src import alias
 import microadam_optax
 from quick import quick
 
+LITERAL = {"dense": None, "match_adam": False}
 VARIANTS = {
     "default": {},  # optax's leaves are so small that Adam updates them
     "compressed": {"dense": None},
     "paper": microadam_optax.PAPER,
-    "window1": {"window": 1, "density": 0.25, "dense": None},
-    "full": {"window": 3, "density": 1.0, "dense": None},
-    "matched": {"dense": None, "match_adam": True},
+    "window1": {"window": 1, "density": 0.25, **LITERAL},
+    "full": {"window": 3, "density": 1.0, **LITERAL},
+    "literal": LITERAL,
 }
 # A rate with which 10,000 steps cover the way to optax's targets.
 RATE = dict.fromkeys(VARIANTS, 3e-4)
-RATE |= {"window1": 1e-3, "default": 1e-2, "matched": 3e-3}
+RATE |= {"window1": 1e-3, "default": 1e-2, "compressed": 3e-3}
 
 
 def variant(name):
@@ -105,7 +106,7 @@ def with_rate_for(target, call):
         ("default", "paper", "full")
     ):
         return call
-    peak = 1e-3 if call["opt_name"].endswith("matched") else 3e-4
+    peak = 1e-3 if call["opt_name"].endswith("compressed") else 3e-4
     rate = optax.cosine_decay_schedule(peak, 10_000)
     return {**call, "opt_kwargs": {"learning_rate": rate}}
 

@@ -121,11 +121,13 @@ def measured_on(name: str, found: list[Outcome]) -> str:
     text = pages.measured_on({"machine": {**machine, "command": command}})
     others: dict[str, list[str]] = {}
     for one in found:
-        own = machine | one.rows[0].get("machine", {})
-        if own != machine:
-            where = f"{own['processor']}, jax {own['jax']}, Python {own['python']}"
-            names = others.setdefault(where, [])
-            names += [] if one.method in names else [one.method]
+        for row in one.rows:
+            own = machine | row.get("machine", {})
+            if own != machine:
+                where = f"{own['processor']}, jax {own['jax']}, Python {own['python']}"
+                title = f"{one.method} ({one.steps:,} steps)"
+                names = others.setdefault(where, [])
+                names += [] if title in names else [title]
     return "; ".join([text, *(f"{', '.join(y)}: {x}" for x, y in others.items())])
 
 

@@ -18,6 +18,15 @@ sys.path.append(str(ROOT / "benchmarks"))
 import common  # noqa: E402
 
 Row = dict[str, Any]
+TEXTS = {  # whose data are the help, the code or the packages of a Python
+    "language",
+    "language_finetuned",
+    "bert",
+    "bert_code",
+    "matching_language",
+    "matching_minilm",
+    "micro_batches",
+}
 
 
 class Runs:
@@ -45,6 +54,7 @@ class Runs:
             self.read()
             here = common.machine()
             self.machine = self.machine or here
+            self.check(here["python"])
             own = {key: here[key] for key in here if here[key] != self.machine[key]}
             own.pop("command", None)
             self.rows.append(row | ({"machine": own} if own else {}))
@@ -52,6 +62,19 @@ class Runs:
             new = self.file.with_suffix(".new")
             new.write_text(json.dumps(content).replace('{"method"', '\n{"method"') + "\n")
             new.replace(self.file)
+
+    def check(self, python: str) -> None:
+        """The data of some studies are texts of the Python that runs: they must agree."""
+        known = self.machine["python"]
+        if self.file.stem in TEXTS and minor(python) != minor(known):
+            raise SystemExit(
+                f"{self.file.stem}: the texts of its runs are those of Python {known}; "
+                f"those of {python} are others"
+            )
+
+
+def minor(version: str) -> list[str]:
+    return version.split(".")[:2]
 
 
 @contextlib.contextmanager
