@@ -3,6 +3,7 @@
 If it fails, the studies that the advice on settings rests on cannot be repeated.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -213,3 +214,21 @@ def test_a_run_on_another_machine_says_so(tmp_path, monkeypatch):
     again = runs.Runs("some", tmp_path)
     assert again.machine == {"processor": "one", "command": "python one.py"}
     assert [x.get("machine") for x in again.rows] == [None, None, {"processor": "other"}]
+
+
+def test_texts_of_another_python_are_refused(tmp_path, monkeypatch):
+    """They are other data, of which no two optimizers can be compared."""
+    found = {"python": "3.11.7", "command": ""}
+    monkeypatch.setattr(runs.common, "machine", found.copy)
+    for name, refused in (("language", True), ("digits", False)):
+        found["python"] = "3.11.7"
+        runs.Runs(name, tmp_path).add({"method": "Adam"})
+        found["python"] = "3.11.9"
+        runs.Runs(name, tmp_path).add({"method": "Adam"})
+        found["python"] = "3.12.1"
+        with pytest.raises(SystemExit) if refused else contextlib.nullcontext() as said:
+            runs.Runs(name, tmp_path).add({"method": "Adam"})
+        assert not refused or "are those of Python 3.11.7; those of 3.12.1 are" in str(
+            said
+        )
+        assert len(runs.Runs(name, tmp_path).rows) == 3 - refused

@@ -54,7 +54,7 @@ class Runs:
             self.read()
             here = common.machine()
             self.machine = self.machine or here
-            self.check(here["python"])
+            self.check(here)
             own = {key: here[key] for key in here if here[key] != self.machine[key]}
             own.pop("command", None)
             self.rows.append(row | ({"machine": own} if own else {}))
@@ -63,18 +63,16 @@ class Runs:
             new.write_text(json.dumps(content).replace('{"method"', '\n{"method"') + "\n")
             new.replace(self.file)
 
-    def check(self, python: str) -> None:
+    def check(self, here: dict[str, str]) -> None:
         """The data of some studies are texts of the Python that runs: they must agree."""
-        known = self.machine["python"]
-        if self.file.stem in TEXTS and minor(python) != minor(known):
+        if self.file.stem not in TEXTS or self.machine is None:
+            return
+        known, python = (x["python"] for x in (self.machine, here))
+        if known.split(".")[:2] != python.split(".")[:2]:
             raise SystemExit(
                 f"{self.file.stem}: the texts of its runs are those of Python {known}; "
                 f"those of {python} are others"
             )
-
-
-def minor(version: str) -> list[str]:
-    return version.split(".")[:2]
 
 
 @contextlib.contextmanager

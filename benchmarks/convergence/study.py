@@ -22,7 +22,7 @@ import jax
 import methods
 import tasks
 import training
-from runs import Runs, mean_score, outcome, score
+from runs import Runs, common, mean_score, outcome, score
 
 GRID = 5  # learning rates at first, each twice the one before
 WIDEST = 9  # and at most
@@ -149,6 +149,7 @@ class Work:
         return found
 
     def run(self, rate: float, seed: int, steps: int) -> None:
+        self.runs.check(common.machine())
         label = f"{self.title}, rate {rate:g}, seed {seed}"
         what = self.task(), self.method, self.step
         how = rate, seed, steps, self.study.evaluations
