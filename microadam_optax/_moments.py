@@ -151,7 +151,8 @@ def _speed(b1: jax.Array, b2: jax.Array, window: int, share: float) -> jax.Array
     mu, nu = (debias(b, jnp.int32(window)) for b in (b1, b2))
     sums = (0 * (mu + nu), mu, nu)  # in the order of ages, in every program
     speed = lax.fori_loop(0, window, add_age, sums, unroll=min(window, 16))[0]
-    return share**EXPONENT * speed
+    # Rounded, or XLA squares the constant by itself, in one program and not in another.
+    return round_to(share**EXPONENT * speed, 22)
 
 
 def _one_minus_power(decay: jax.Array, count: jax.Array) -> jax.Array:
