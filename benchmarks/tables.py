@@ -47,7 +47,7 @@ def overview() -> dict[str, str]:
     return {
         "llama": f"**A whole training step of Llama-2-7B takes {least:.1f} GB**, where "
         f"AdamW's takes {adamw:.1f}, both in bfloat16, by XLA's account for an H200 that "
-        "was not there ([layer by layer](layerwise.md)):\n\n"
+        "was not there when it was compiled ([layer by layer](layerwise.md)):\n\n"
         + llama_figure(load("gpu_memory"), "images")
         + f"\n\n{on_a_gpu(load('gpu_whole'))}",
         "bytes": f"**{state[DEFAULT]:.3f} bytes of state a parameter**, where Adam has "

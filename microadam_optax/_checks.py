@@ -39,7 +39,7 @@ def check_arguments(
     _require(0 <= alpha < 1, "alpha", "a number in [0, 1)", alpha)
     bools = {"stochastic_rounding": stochastic_rounding, "match_adam": match_adam}
     for argument, value in bools.items():
-        _not_array(argument, value)
+        _not_array(argument, value, "bool")
         if not isinstance(value, bool | np.bool_):
             raise TypeError(_sentence(argument, "a bool", value))
     check_integer("seed", seed, "an integer")
@@ -89,10 +89,10 @@ def _number(argument: str, value: Any, expected: str) -> None:
         raise TypeError(_sentence(argument, expected, value))
 
 
-def _not_array(argument: str, value: Any) -> None:
+def _not_array(argument: str, value: Any, kind: str = "number") -> None:
     if isinstance(value, jax.Array | np.ndarray):
         raise TypeError(
-            f"`{argument}` must be a Python number, got an array; it shapes the state, "
+            f"`{argument}` must be a Python {kind}, got an array; it shapes the program, "
             "so with optax.inject_hyperparams pass `static_args="
             "microadam_optax.static_args(f)`, f being the function that it wraps."
         )
