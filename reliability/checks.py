@@ -17,6 +17,7 @@ import micro_batches
 import microadam_optax
 import report
 import report_reliability
+import runs
 import study
 import tables
 
@@ -178,6 +179,13 @@ def test_docs_have_the_tables_of_the_results(name, steps):
         assert text.strip() == "Not run yet."
     else:
         assert f"{steps:,} steps" not in text
+
+
+@pytest.mark.parametrize("name", sorted(runs.TEXTS))
+def test_all_runs_of_a_record_have_the_texts_of_one_python(name):
+    record = runs.Runs(name)
+    for row in record.rows:
+        record.check(record.machine | row.get("machine", {}))
 
 
 @pytest.mark.parametrize("page", tables.sections())

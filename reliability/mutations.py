@@ -183,6 +183,12 @@ MUTATIONS = {
     "match_adam by another power of the share": Mutation(
         "_moments.py", "EXPONENT = 0.5", "EXPONENT = 0.75", DEFAULTS
     ),
+    "the factor of match_adam not rounded before it is squared": Mutation(
+        "_moments.py",
+        "return round_to(share**EXPONENT * speed, 22)",
+        "return share**EXPONENT * speed",
+        "tests/test_determinism.py::test_the_update_has_the_same_bits_when_called_eagerly",
+    ),
     "alpha ignored": Mutation(
         "_step.py", "    if settings.alpha:\n", "    if False:\n", ALPHA
     ),

@@ -57,7 +57,7 @@ TRIALS = {
     ),
     "language, 1,000 steps": Trial(study.language, 1000, 2e-3, "language", 1, 10),
     "language, 5,000 steps": Trial(study.language, 5000, 2e-3, "language", 1, 10),
-    "MiniLM, 100 steps": Trial(tasks.bert_docstrings, 100, 2.5e-4, "matching_minilm"),
+    "MiniLM, 100 steps": Trial(tasks.bert_docstrings, 100, 2.5e-4, "bert"),
     "MiniLM on code, 100 steps": Trial(tasks.bert_code, 100, 2.5e-4, "bert_code"),
     "SmolLM2, 150 steps": Trial(llama_task.llama, 150, 1e-4, "llama"),
 }
