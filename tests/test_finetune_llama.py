@@ -306,6 +306,18 @@ def test_errors_are_one_line_before_anything_is_trained(
     assert sorted(folder.iterdir()) == before
 
 
+@pytest.mark.usefixtures("folder")
+def test_an_interruption_before_it_trains_is_one_line(capsys, monkeypatch):
+    def load(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune_llama.llama_files, "load", load)
+    with pytest.raises(SystemExit) as stopped:
+        run("--checkpoints=kept")
+    assert stopped.value.code == 130
+    assert re.fullmatch(r".*: interrupted\n", capsys.readouterr().err)
+
+
 def encoder(length, begin=(256,)):
     return instructions.Encoder(small_llama.tokenizer(), list(begin), [257], length)
 
