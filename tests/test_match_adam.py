@@ -165,7 +165,7 @@ def test_the_papers_setting_is_literal():
 
 @pytest.mark.parametrize("wrong", [1, "yes", None, jnp.bool_(True)])
 def test_other_than_a_bool_is_refused(wrong):
-    with pytest.raises(TypeError, match="`match_adam` must be a (Python )?bool"):
+    with pytest.raises(TypeError, match=r"`match_adam` must be a (Python )?bool"):
         scale_by_microadam(match_adam=wrong)
 
 
