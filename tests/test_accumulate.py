@@ -70,8 +70,14 @@ def assert_equal(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-@pytest.mark.parametrize("bits", quick([2, 4, 8], 4))
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("implementation", "bits"),
+    quick(
+        [*((x, 4) for x in IMPLEMENTATIONS), (None, 2), ("xla", 8), ("interpret_tpu", 8)],
+        *((x, 4) for x in IMPLEMENTATIONS),
+        several=True,
+    ),
+)
 def test_error_takes_up_micro_batches(implementation, bits):
     """To the oracle's bits: its encoding of the error and a share of each gradient."""
     tx = scale_by_microadam(dense=None, implementation=implementation, error_bits=bits)
@@ -98,8 +104,19 @@ def test_error_takes_up_micro_batches(implementation, bits):
     assert int(micro_state(state).count) == 0
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("window", quick([1, 2, 10], 1))
+@pytest.mark.parametrize(
+    ("implementation", "window"),
+    quick(
+        [
+            *((x, 1) for x in IMPLEMENTATIONS),
+            (None, 2),
+            ("xla", 10),
+            ("interpret_gpu", 2),
+        ],
+        *((x, 1) for x in IMPLEMENTATIONS),
+        several=True,
+    ),
+)
 def test_last_micro_batch_is_a_step(implementation, window):
     """Of its share and the error that the others left, in every bit."""
     settings = {"implementation": implementation, "window": window, "density": 0.02}
@@ -115,9 +132,19 @@ def test_last_micro_batch_is_a_step(implementation, window):
     assert int(micro_state(state).count) == 4 == int(state.gradient_step)
 
 
-@pytest.mark.parametrize("implementation", [None, "interpret_gpu", "interpret_tpu"])
-@pytest.mark.parametrize("dtype", quick(DTYPES, jnp.bfloat16))
-@pytest.mark.parametrize("shape", quick([(64, 256), (3, 1000)], (64, 256)))
+@pytest.mark.parametrize(
+    ("shape", "dtype", "implementation"),
+    quick(
+        [
+            ((64, 256), jnp.bfloat16, None),
+            ((3, 1000), jnp.float32, None),
+            ((3, 1000), jnp.float16, "interpret_gpu"),
+            ((3, 1000), jnp.float16, "interpret_tpu"),
+        ],
+        ((64, 256), jnp.bfloat16, None),
+        several=True,
+    ),
+)
 def test_kernels_keep_the_same_bits(shape, dtype, implementation):
     def run(implementation):
         tx = scale_by_microadam(dense=None, implementation=implementation, window=3)

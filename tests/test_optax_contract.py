@@ -22,6 +22,7 @@ from optax._src import alias
 import microadam_optax
 from quick import quick
 
+SLOW = pytest.mark.slow
 LITERAL = {"dense": None, "match_adam": False}
 VARIANTS = {
     "default": {},  # optax's leaves are so small that Adam updates them
@@ -78,13 +79,23 @@ def names_in(case: type) -> set[str]:
     return {name for name in vars(case) if name.startswith("test_")}
 
 
-@pytest.fixture(params=quick(VARIANTS, "default", "compressed"))
-def call(request, monkeypatch):
-    """The keywords by which optax's tests name an optimizer."""
-    name = f"microadam_{request.param}"
+def keywords(name, monkeypatch):
+    """Those by which optax's tests name an optimizer."""
+    own = f"microadam_{name}"
     for module in (contrib, alias):
-        monkeypatch.setattr(module, name, variant(request.param), raising=False)
-    return {"opt_name": name, "opt_kwargs": {"learning_rate": RATE[request.param]}}
+        monkeypatch.setattr(module, own, variant(name), raising=False)
+    return {"opt_name": own, "opt_kwargs": {"learning_rate": RATE[name]}}
+
+
+@pytest.fixture(params=quick(VARIANTS, "default", "compressed"))
+def trained(request, monkeypatch):
+    return keywords(request.param, monkeypatch)
+
+
+@pytest.fixture(params=["default", "compressed", pytest.param("paper", marks=SLOW)])
+def call(request, monkeypatch):
+    """What does not depend on window, density and factor."""
+    return keywords(request.param, monkeypatch)
 
 
 def common(name, call, **keywords):
@@ -137,16 +148,16 @@ def test_optax_has_no_test_that_is_not_run_here():
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_optimizers(call, target):
+def test_optimizers(trained, target):
     """30,000 steps to each target."""
-    call = with_rate_for(target, call)
+    call = with_rate_for(target, trained)
     common("test_optimizers", call, target=getattr(COMMON, target), dtype="float32")
 
 
 @pytest.mark.parametrize("target", ["_setup_parabola", "_setup_rosenbrock"])
-def test_optimization(call, target):
+def test_optimization(trained, target):
     """10,000 steps, without compiling again."""
-    call = with_rate_for(target, call)
+    call = with_rate_for(target, trained)
     aliases("test_optimization", call, target=getattr(ALIAS, target), dtype=jnp.float32)
 
 
@@ -200,7 +211,9 @@ def test_mixed_dtypes_in_x64_mode():
 
 
 @pytest.mark.filterwarnings("ignore:Specifying a key")  # of optax's own noisy_sgd
-@pytest.mark.parametrize("name", quick(VARIANTS, "default", "compressed"))
+@pytest.mark.parametrize(
+    "name", ["default", "compressed", pytest.param("paper", marks=SLOW)]
+)
 @pytest.mark.parametrize(
     "test",
     [

@@ -3,6 +3,7 @@
 If it fails, a part of the algorithm errs, and tests of the whole do not say which.
 """
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -216,12 +217,15 @@ KINDS = {
     ).astype(np.float32),
 }
 FINITE = [kind for kind in KINDS if kind != "not finite"]
+SELECTIONS = [  # of so many elements, how many
+    *itertools.product((8, 232, 1024), (3, 31)),
+    *((8, 1), (96, 8), (96, 9), (256, 64), (1016, 250), (1024, 1), (2048, 64), (2048, 8)),
+]
 NOT_FINITE = pytest.param("not finite", marks=pytest.mark.makes_nan)
 
 
 @pytest.mark.parametrize("kind", [*FINITE, NOT_FINITE])
-@pytest.mark.parametrize("b", quick([8, 96, 232, 256, 1016, 1024, 2048], 8, 232, 1024))
-@pytest.mark.parametrize("k", quick([1, 3, 8, 9, 31, 64, 250], 3, 31))
+@pytest.mark.parametrize(("b", "k"), quick(SELECTIONS, *SELECTIONS[:6], several=True))
 def test_selection_is_that_of_top_k(kind, b, k):
     """By maxima, by counting and in large blocks: the set, ties and NaN included."""
     k = min(k, b)
@@ -313,9 +317,11 @@ CUTS = {  # a shape, and shards
 }
 
 
-CUT = [  # window 2 of all, windows 1 and 4 and random roundings of some
-    *((x, n, False) for x in CUTS for n in (1, 2, 4) if n == 2 or "prime" not in x),
-    *((x, 2, True) for x in ("padded", "prime axis, padded", "prime cells")),
+CUT = [  # window 2 of all, and once windows 1 and 4 and random rounding
+    *((x, 2, False) for x in CUTS),
+    ("whole", 1, False),
+    ("padded", 4, False),
+    ("prime axis, padded", 2, True),
 ]
 
 

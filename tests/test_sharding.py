@@ -5,6 +5,7 @@ If it fails, sharded training sends data between devices, or gives other numbers
 
 import contextlib
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -136,8 +137,10 @@ def test_meshes(name):
 @pytest.mark.usefixtures("strategy")
 @pytest.mark.parametrize("settings", quick(SETTINGS, "window 1"))
 def test_settings(settings):
-    tx = scale_by_microadam(**SETTINGS[settings])
-    assert beside_one_device(tx, leaves_on("fsdp 4, tp 2")) == {}
+    tx, leaves = scale_by_microadam(**SETTINGS[settings]), leaves_on("fsdp 4, tp 2")
+    if settings == "all options":  # which compile for long
+        leaves = dict(itertools.islice(leaves.items(), 0, None, 4))
+    assert beside_one_device(tx, leaves) == {}
 
 
 @pytest.mark.parametrize(

@@ -233,8 +233,15 @@ def largest_that_divides(x, mesh):
     return NamedSharding(mesh, P(*spec))
 
 
-@pytest.mark.parametrize("implementation", quick([None, "xla"], None))
-@pytest.mark.parametrize("own", [P("d"), P(None, "d")], ids=str)
+@pytest.mark.parametrize(
+    ("own", "implementation"),
+    quick(
+        [(P("d"), None), (P(None, "d"), None), (P("d"), "xla")],
+        (P("d"), None),
+        (P(None, "d"), None),
+        several=True,
+    ),
+)
 def test_each_array_by_its_own_rule(own, implementation):
     """Axes of rows, of blocks and within blocks: right, at the price of being sent."""
     mesh = jax.make_mesh((8,), ("d",), (AxisType.Auto,))

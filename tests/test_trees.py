@@ -71,9 +71,15 @@ TREES = {
 }
 
 
-@pytest.mark.parametrize("tree", TREES)
-@pytest.mark.parametrize("settings", quick(SETTINGS, "window1"))
-def test_trees(tree, settings):
+@pytest.mark.parametrize(
+    ("settings", "tree"),
+    quick(
+        [*(("window1", x) for x in TREES), ("paper", "NNX state"), ("random", "list")],
+        *(("window1", x) for x in TREES),
+        several=True,
+    ),
+)
+def test_trees(settings, tree):
     """The same tree comes back, and each leaf is treated as if it were alone."""
     tx, tree = scale_by_microadam(**SETTINGS[settings]), TREES[tree]()
     state, alone = tx.init(tree), [tx.init(leaf) for leaf in jax.tree.leaves(tree)]
@@ -145,8 +151,15 @@ def test_init_of_shapes_alone(settings):
         chex.assert_trees_all_equal_shapes_and_dtypes(abstract, made)
 
 
-@pytest.mark.parametrize("settings", quick(SETTINGS, "paper"))
-@pytest.mark.parametrize("how", ["flax", "orbax"])
+@pytest.mark.parametrize(
+    ("settings", "how"),
+    quick(
+        [("paper", "flax"), ("paper", "orbax"), ("window1", "flax"), ("random", "orbax")],
+        ("paper", "flax"),
+        ("paper", "orbax"),
+        several=True,
+    ),
+)
 def test_checkpoints_continue_to_the_bit(settings, how, tmp_path):
     tx = microadam(0.1, **SETTINGS[settings])
     tree = {name: leaf for name, leaf in params().items() if name != "empty"}
@@ -192,8 +205,10 @@ def test_a_donated_step_works_in_place():
     assert temporary(8) - temporary(1) < one_leaf
 
 
-@pytest.mark.parametrize("window", quick([2, 10], 2))
-@pytest.mark.parametrize("shape", quick([(1024, 1024), (2039, 1031)], (1024, 1024)))
+@pytest.mark.parametrize(
+    ("shape", "window"),
+    quick([((1024, 1024), 2), ((2039, 1031), 10)], ((1024, 1024), 2), several=True),
+)
 def test_leaves_share_their_temporaries(shape, window):
     """Copies of 16-bit arrays and the last, smaller piece of padded leaves, too."""
     tx = scale_by_microadam(implementation="xla", window=window, density=0.04)
@@ -209,8 +224,14 @@ def test_leaves_share_their_temporaries(shape, window):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("shape", [(2097143,), (2 * 1048573,), (2039, 1031), (7, 299993)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((2097143,), jnp.bfloat16),
+        ((2039, 1031), jnp.float32),
+        ((7, 299993), jnp.bfloat16),
+    ],
+)
 def test_temporaries_are_those_of_pieces(shape, dtype):
     """However its axes divide; 16-bit gradients are copied besides."""
     tx = scale_by_microadam(implementation="xla")
