@@ -17,12 +17,9 @@ from quick import quick
 WHOLE, CHUNKED = (40, 256), (512, 1024)
 NUMBERS = {"b1": 0.8, "b2": 0.9, "eps": 1e-3, "eps_root": 0.05}
 WAYS = {
-    "window 1": (WHOLE, jnp.float32, 1),
     "window 2": (WHOLE, jnp.float32, 2),
-    "in pieces": (CHUNKED, jnp.float32, 2),
-    "in pieces, bfloat16": (CHUNKED, jnp.bfloat16, 2),
-    "in pieces, window 1": (CHUNKED, jnp.bfloat16, 1),
-    "window 4": (WHOLE, jnp.bfloat16, 4),
+    "in pieces, window 1": (CHUNKED, jnp.float32, 1),
+    "in pieces, window 4": (CHUNKED, jnp.bfloat16, 4),
 }
 
 
@@ -175,7 +172,7 @@ def test_at_zero(density):
     np.testing.assert_allclose(back, got, rtol=1e-6)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.slow
 def test_decays_of_zero(steps):
     """Whose logarithm has no derivative."""

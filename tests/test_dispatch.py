@@ -23,7 +23,6 @@ from quick import quick
 
 KERNEL = "microadam_float32"  # what XLA calls
 NAMES = (None, "numba")
-INTERPRETED = tuple(_dispatch.INTERPRETED)
 
 
 def make(implementation=None, **arguments):
@@ -171,7 +170,7 @@ def test_nothing_is_traced_that_is_not_used(monkeypatch):
     tx.update(leaf, tx.init(leaf))
 
 
-@pytest.mark.parametrize("implementation", quick([*NAMES, *INTERPRETED], *NAMES))
+@pytest.mark.parametrize("implementation", quick([*NAMES, "interpret_gpu"], *NAMES))
 def test_vmap_equals_the_loop(implementation):
     tx, gradients = make(implementation), normal(3, 2, 256)
     states = [some_steps(tx, g, number) for number, g in enumerate(gradients)]

@@ -23,7 +23,6 @@ SETTINGS = {
     "stochastic": {"window": 2, "density": 0.06, "stochastic_rounding": True},
     "b2 0": {"window": 3, "density": 0.06, "b2": 0.0},
 }
-DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 IMPLEMENTATIONS = ("xla", "interpret_gpu", "interpret_tpu")
 SHAPE, STEPS = (3, 300), 12
 

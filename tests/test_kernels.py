@@ -144,7 +144,8 @@ def test_a_tree_of_all_kinds_of_leaves():
 
 @pytest.mark.makes_nan
 @pytest.mark.parametrize(
-    ("case", "programs"), [("window 2", (2, 1)), ("padded cells", (4, 4))]
+    ("case", "programs"),
+    [("window 2", (2, 1)), ("padded cells", (4, 4)), ("rows cut into four", (1, 1))],
 )
 @pytest.mark.slow
 def test_rows_of_a_program_do_not_matter(case, programs, monkeypatch):

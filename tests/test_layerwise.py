@@ -29,8 +29,10 @@ from stacked_layers import (
     run,
 )
 
+NAMES = [name for name in TRANSFORMATIONS if name != "random rounding"]  # in bfloat16
 
-@pytest.mark.parametrize("name", quick(TRANSFORMATIONS, "default", "literal", "adamw"))
+
+@pytest.mark.parametrize("name", quick(NAMES, "default", "literal", "adamw"))
 def test_it_is_the_ordinary_step(name):
     """Parameters, state, loss and the gradient of the input, in every bit."""
     tx = TRANSFORMATIONS[name]
@@ -95,7 +97,7 @@ def test_clipping_by_the_global_norm():
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", quick(["microadam", "XLA", "adamw"], "microadam"))
+@pytest.mark.parametrize("name", quick(["microadam", "XLA"], "microadam"))
 def test_nothing_of_the_size_of_the_stack_is_allocated(name):
     """The peak in bytes a parameter: parameters, state and at most 1.9 more."""
     tx = {

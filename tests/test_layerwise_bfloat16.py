@@ -28,7 +28,9 @@ BFLOAT16 = jnp.bfloat16
 EXACT = {"xla_allow_excess_precision": False}  # no rounding to bfloat16 is skipped
 
 
-@pytest.mark.parametrize("name", quick(TRANSFORMATIONS, "default", "adamw"))
+@pytest.mark.parametrize(
+    "name", quick(["default", "adamw", "random rounding"], "default", "adamw")
+)
 def test_it_is_the_ordinary_step(name):
     """Parameters, state, loss and the gradient of the input, in every bit."""
     tx, params = TRANSFORMATIONS[name], parameters(BFLOAT16)
@@ -78,7 +80,7 @@ def both(tx, steps, options):
     return found
 
 
-@pytest.mark.parametrize("name", quick(["default", "literal", "adamw"], "default"))
+@pytest.mark.parametrize("name", quick(["default", "adamw"], "default"))
 def test_rounded_at_random_it_is_the_ordinary_step(name):
     one, other = both(TRANSFORMATIONS[name], 10, EXACT)
     assert_same_bits(one, other)
@@ -92,7 +94,7 @@ def started(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["default", "adamw"])
+@pytest.mark.parametrize("name", ["default"])
 def test_rounded_at_random_as_xla_compiles_by_default(name):
     """One step from the same start: the same state, and parameters that are neighbours.
 
@@ -141,9 +143,8 @@ def test_bfloat16_parameters_rounded_at_random():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("random", [False, True])
-def test_a_model_of_llamas_kind_on_this_device(random):
-    assert same_bits.compare("MicroAdam", "bfloat16", random, steps=3) == {}
+def test_a_model_of_llamas_kind_on_this_device():
+    assert same_bits.compare("MicroAdam", "bfloat16", True, steps=3) == {}
 
 
 def test_another_gradient_is_seen():

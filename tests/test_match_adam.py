@@ -24,6 +24,11 @@ from quick import quick
 # Blocks of 256, which the default grid would cut.
 scale_by_microadam = functools.partial(compressed.scale_by_microadam, shards=1)
 SETTINGS = [(1, 0.04), (1, 0.25), (2, 0.06), (10, 0.01)]
+BITS = [
+    *((*x, "jit") for x in (*SETTINGS, (3, 0.06), (20, 0.02))),
+    (2, 0.06, "vmap"),
+    (3, 0.06, "explicit mesh"),
+]
 
 
 def run(tx, gradients):
@@ -106,9 +111,10 @@ def test_the_share_is_of_real_elements():
     np.testing.assert_allclose(ours, adam, rtol=1e-4)
 
 
-@pytest.mark.parametrize("way", quick(["jit", "vmap", "explicit mesh"], "jit"))
-@pytest.mark.parametrize(("window", "density"), [*SETTINGS, (3, 0.06), (20, 0.02)])
-def test_updates_have_the_same_bits(way, window, density):
+@pytest.mark.parametrize(
+    ("window", "density", "way"), quick(BITS, *BITS[:-2], several=True)
+)
+def test_updates_have_the_same_bits(window, density, way):
     """Also where XLA knows the decays while it compiles, and where it does not."""
     tx = compressed.scale_by_microadam(window=window, density=density, match_adam=True)
     gradients = noise(5, (16, 256))

@@ -119,7 +119,6 @@ ORDINARY, BY_LAYER = gpu_steps.ordinary, gpu_steps.by_layer
 COMPILED = {  # what XLA's temporary memory is at most, in times of the gradients
     (OURS, "ordinary step"): (microadam(1e-3), ORDINARY, 1.2),
     (OURS, "layer by layer"): (microadam(1e-3), BY_LAYER, 1.1),
-    (OURS, "accumulate"): (accumulate(microadam(1e-3), 2), ORDINARY, 1.2),
     (OURS, "accumulate, layer by layer"): (accumulate(microadam(1e-3), 2), BY_LAYER, 1.4),
     # A CPU's program has the mean of the gradients beside them.
     (OURS, "optax.MultiSteps"): (multi_steps(microadam(1e-3)), ORDINARY, 1.7),

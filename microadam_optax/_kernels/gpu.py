@@ -15,6 +15,7 @@ from microadam_optax._kernels._rows import Launch, Rows, Scalars, Updated
 
 missing, reason_against = _rows.nothing, _rows.reason_against
 OLDEST = 8.0  # compute capability
+ELEMENTS = 256  # of a program: eight a thread, in whole rows
 
 
 def unavailable() -> str | None:
@@ -46,12 +47,18 @@ def _known(device: Any) -> bool:
 
 
 def update(
-    old: Rows, scalars: Scalars, launch: Launch, rows: int = 1, warps: int = 1
+    old: Rows,
+    scalars: Scalars,
+    launch: Launch,
+    rows: int | None = None,
+    warps: int = 1,
 ) -> Updated:
     """One step of all rows, in place if `old` is donated.
 
-    `rows` and `warps` are those of a program.
+    `rows` and `warps` are those of a program; more rows where they are short, which
+    share the instructions for what a row has once.
     """
+    rows = rows or max(1, ELEMENTS // pl.next_power_of_2(launch.block))
     kernel = pl.pallas_call(
         functools.partial(gpu_block.update_rows, launch=launch, rows=rows),
         out_shape=(_rows.updated_like(old),),
