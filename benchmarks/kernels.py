@@ -1,7 +1,7 @@
 """What the compilers make of the kernels, for an H200 and a TPU v5e that need not exist.
 
     pip install jax-cuda13-plugin jax-cuda13-pjrt --no-deps
-    pip install nvidia-cuda-nvcc nvidia-cuda-cuobjdump libtpu
+    pip install nvidia-cuda-nvcc nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm libtpu
     python benchmarks/kernels.py
 
 With jax 0.12, whose XLA writes out the code of kernels. Prints registers, spills and
