@@ -41,7 +41,7 @@ def largest(
     """Marks the k largest keys of each row, and of equal ones the first.
 
     A key is the magnitude of an element, or -1 where there is no element; the largest
-    of a row is `top`.
+    of a row is `top`. Each row has k elements, else the search has no end.
     """
     if k == 0:
         none = top + 1

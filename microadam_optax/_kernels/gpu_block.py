@@ -43,7 +43,7 @@ class _Lanes(NamedTuple):
     columns: list[jax.Array]  # of bytes, (1, lanes)
     filled: list[jax.Array]  # which bytes there are, bool (rows, lanes)
     positions: list[jax.Array]  # in the row, of all parts
-    real: list[jax.Array]  # which elements there are
+    real: list[jax.Array]  # which a row has, (1, lanes), be it one of the leaf or not
     inside: list[jax.Array]  # which are not padding
 
 
@@ -105,10 +105,10 @@ def _lanes(old: Rows, place: Place, launch: Launch, window: int) -> _Lanes:
     filled = [gpu_memory.filled(place, column, width) for column in columns]
     parts = range(8 // launch.bits)
     positions = [part * width + column for part in parts for column in columns]
-    real = [mask for _ in parts for mask in filled]
+    real = [column < width for _ in parts for column in columns]
     inside = [
         gpu_memory.inside(place, i, mask, launch)
-        for i, mask in zip(positions, real, strict=True)
+        for i, mask in zip(positions, filled * len(parts), strict=True)
     ]
     return _Lanes(columns, filled, positions, real, inside)
 
