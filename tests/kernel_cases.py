@@ -29,7 +29,7 @@ CASES = {  # shape of a leaf, its dtype, arguments
     "two bits of 200": ((3, 200), BF16, {"window": 3, "density": 0.04, "error_bits": 2}),
     "rows cut into four": ((5, 256), F32, PAPER),
     "padded cells": ((2, 11008), BF16, {"window": 2, "density": 0.06}),
-    "lanes left over": ((4, 768), F32, {"window": 2, "density": 0.06}),
+    "lanes left over": ((3, 96), F32, {"window": 2, "density": 0.06, "grid": (3, 1)}),
     "a cell of 5": ((2, 5), F32, {"density": 0.9, "block_size": 8, "grid": (2, 1)}),
     "more selected than there is": ((3, 3), F32, {"window": 3, "density": 1.0}),
 }
