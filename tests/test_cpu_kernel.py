@@ -31,25 +31,22 @@ pytestmark = pytest.mark.skipif(
 )
 F64 = jnp.float64
 MORE = {
-    "blocks of 64": ((16, 64), F32, {"block_size": 64, "density": 0.1}),
     "blocks of 64, many slots": (
         (16, 64),
         BF16,
         {"block_size": 64, "window": 10, "density": 0.04},
     ),
     "matched": ((9, 250), BF16, {"window": 4, "density": 0.05, "match_adam": True}),
-    "by counting": ((9, 256), F32, {"window": 1, "density": 0.25}),
-    "half of a row": ((5, 256), F16, {"window": 3, "density": 0.5}),
-    "all of a row": ((5, 64), F32, {"window": 2, "density": 1.0}),
     "two bits, padded": ((3, 1000), F32, {"error_bits": 2}),
     "eight bits, padded": ((3, 1000), BF16, {"error_bits": 8, "window": 3}),
-    "large blocks": ((2, 3000), F32, {"block_size": 1024, "density": 0.01}),
     "the largest block": ((2, 65536), F32, {"block_size": 65536, "density": 0.001}),
-    "blocks of 8": ((7, 19), F32, {"block_size": 8, "density": 0.3}),
     "blocks past the end of a cell": ((3, 5), F32, {"block_size": 2, "density": 0.3}),
     "error returned": ((6, 256), F32, {"alpha": 0.3}),
-    "error returned, window 1": ((6, 250), BF16, {"alpha": 0.1, "window": 1}),
-    "error returned, two bits": ((6, 96), F16, {"alpha": 1.0, "error_bits": 2}),
+    "error returned, two bits": (
+        (6, 250),
+        BF16,
+        {"alpha": 1.0, "window": 1, "error_bits": 2},
+    ),
     "double": ((6, 256), F64, {"window": 3}),
     "double, padded": ((2, 700), F64, {"window": 1, "density": 0.2}),
     "several chunks": ((700, 256), F32, {}),
@@ -60,20 +57,16 @@ SHARED = [  # of the other kernels' cases, those with a form of their own
     "one by one",
     "window 1",
     "float16",
-    "the most entries",
     "the most slots",
     "two bits of 200",
     "padded cells",
-    "lanes left over",
     "a cell of 5",
     "more selected than there is",
 ]
-QUICK = (  # each dtype, window 1 and longer, padding, alpha, chunks
+QUICK = (  # window 1 and longer, padding, alpha, chunks; most dtypes
     "window 1",
-    "float16",
     "padded cells",
     "matched",
-    "two bits, padded",
     "error returned",
     "double",
     "several chunks",
@@ -91,20 +84,23 @@ class Case(NamedTuple):
     def shape(self):
         return self.at.shape
 
+    @functools.partial(jax.jit, static_argnums=0)
     def first_state(self):
         state = _state.zeros(self.at, self.settings)
         return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), state)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def cells(self, gradient):
         return _blocks.split(gradient, self.at).reshape(-1, self.at.cell)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def step(self, count, eps=1e-8, eps_root=0.0):
         slots = self.settings.window - 1
         ages = None
         if slots:
             ages = _moments.first_ages(slots)
-            for _ in range(count - 1):
-                ages = _moments.older_ages(ages)
+            older = lambda _, ages: _moments.older_ages(ages)  # noqa: E731
+            ages = jax.lax.fori_loop(1, count, older, ages)
         numbers = {"b1": 0.9, "b2": 0.999, "eps": eps, "eps_root": eps_root}
         fields = {name: jnp.float32(x) for name, x in numbers.items()}
         fields |= {"count": jnp.int32(count), "ages": ages, "prng": None}
@@ -209,7 +205,7 @@ HOSTILE = {
 @pytest.mark.makes_nan
 @pytest.mark.parametrize(
     ("dtype", "window"),
-    quick([(F32, 2), (F32, 4), (BF16, 1), (F16, 2), (F64, 1)], (F32, 2), several=True),
+    quick([(F32, 2), (BF16, 1), (F16, 2), (F64, 1)], (F32, 2), several=True),
 )
 def test_hostile_numbers(dtype, window):
     """On the thread that calls and, with rows for several chunks, on XLA's own."""
@@ -224,7 +220,7 @@ def test_hostile_numbers(dtype, window):
 
 def test_numbers_that_float32_does_not_hold():
     with jax.enable_x64(True):
-        case = make((2, 256), F64, {})
+        case = make(*MORE["double"])
         gradient = np.random.default_rng(0).normal(size=case.shape)
         gradient[0, :4] = 1e300, -1e300, 1e-300, 2.0**60 + 2.0**9
         follow(case, [jnp.asarray(gradient)] * 3)
@@ -249,10 +245,9 @@ def test_random_leaves(seed):
     follow(make(shape, dtype, arguments), (jnp.asarray(g * scale, dtype) for g in some))
 
 
-@pytest.mark.parametrize("window", [1, 2])
-def test_epsilons(window):
-    case = make((4, 256), F32, {"window": window})
-    gradient = jnp.asarray(np.random.default_rng(0).normal(size=(4, 256)), F32)
+def test_epsilons():
+    case = make((700, 256), F32, {})
+    gradient = jnp.asarray(np.random.default_rng(0).normal(size=case.shape), F32)
     for eps in (1e-3, 0.5):
         step = case.step(1, eps)
         got = case.kernel(case.cells(gradient), case.first_state(), step)
@@ -271,8 +266,7 @@ def test_eps_root():
     np.testing.assert_allclose(new.update, value / np.sqrt(value**2 + 1), rtol=1e-6)
 
 
-@pytest.mark.parametrize("window", [1, 2])
-@pytest.mark.parametrize("name", ["several chunks", "padded cells"])
+@pytest.mark.parametrize(("name", "window"), [("several chunks", 2), ("padded cells", 1)])
 def test_donated_in_place_and_else_on_copies(name, window):
     shape, dtype, arguments = (CASES | MORE)[name]
     case = make(shape, dtype, arguments | {"window": window}, name in MORE)
@@ -300,7 +294,7 @@ def test_donated_in_place_and_else_on_copies(name, window):
 
 
 def test_many_calls_at_once():
-    case = make((1500, 256), F32, {})
+    case = make((700, 256), F32, {})
     rng = np.random.default_rng(0)
     some = [case.cells(jnp.asarray(rng.normal(size=case.shape), F32)) for _ in range(4)]
     state, step = case.first_state(), case.step(1)
@@ -408,16 +402,6 @@ def test_where_it_cannot_run(name, monkeypatch):
     assert cpu.unavailable() is None
 
 
-@pytest.mark.slow
-def test_numba_is_imported_when_it_is_needed():
-    program = """
-import sys
-from microadam_optax._kernels import cpu
-print("numba" in sys.modules)
-"""
-    assert run_python(program).stdout.strip() == "False"
-
-
 PROGRAM = """
 import jax.numpy as jnp
 from microadam_optax._kernels import cpu, cpu_handlers
@@ -447,7 +431,15 @@ def run_python(program, **variables):
 
 @pytest.mark.slow
 def test_it_is_compiled_once_for_all_processes(tmp_path):
-    run = functools.partial(run_python, PROGRAM, NUMBA_CACHE_DIR=str(tmp_path))
+    program = (
+        """
+import sys
+from microadam_optax._kernels import cpu
+assert "numba" not in sys.modules  # which is imported when it is needed
+"""
+        + PROGRAM
+    )
+    run = functools.partial(run_python, program, NUMBA_CACHE_DIR=str(tmp_path))
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         both = [pool.submit(run) for _ in range(2)]
         outputs = [future.result().stdout for future in both]
