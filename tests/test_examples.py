@@ -13,6 +13,7 @@ import pytest
 import command_line
 import pure_bfloat16
 import train_lm
+from few_optimizations import few_optimizations
 
 SIZES = {"steps": 12, "batch": 4, "length": 32, "width": 32, "depth": 1, "heads": 2}
 SMALL = [f"--{name}={size}" for name, size in SIZES.items()]
@@ -20,7 +21,8 @@ SMALL = [f"--{name}={size}" for name, size in SIZES.items()]
 
 def run(tmp_path, *arguments):
     plot = tmp_path / "loss.png"
-    assert train_lm.main([*SMALL, "--plot", str(plot), *arguments]) == 0
+    with few_optimizations():
+        assert train_lm.main([*SMALL, "--plot", str(plot), *arguments]) == 0
     return plot
 
 
@@ -39,16 +41,18 @@ def fake_clock(monkeypatch):
     return {f"{SIZES['batch'] * SIZES['length']:,}"}
 
 
-@pytest.mark.parametrize("optimizer", ["microadam", "adamw"])
 @pytest.mark.promotes
 @pytest.mark.slow
-def test_it_trains_on_files_and_draws(optimizer, tmp_path, capsys, monkeypatch):
+def test_it_learns_a_file_and_draws(tmp_path, capsys, monkeypatch):
+    """Beats the unigram model on text with structure."""
     speeds = fake_clock(monkeypatch)
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be, that is the question. " * 60)
     # So wide that most of it is not in small leaves, which are dense.
     wide = ("--width", "64")
-    plot = run(tmp_path, "--data", str(text), "--optimizer", optimizer, *wide)
+    long = ("--steps", "80", "--learning-rate", "1e-2")
+    drawn = ("--log-diagnostics", "--window", "3")
+    plot = run(tmp_path, "--data", str(text), *wide, *long, *drawn)
     out, err = capsys.readouterr()
     assert re.match(r"compiling the training step \.\.\. \d+\.\d s\n", err)
     assert set(re.findall(r"([\d,]+) tokens/s", err)) == speeds
@@ -56,30 +60,21 @@ def test_it_trains_on_files_and_draws(optimizer, tmp_path, capsys, monkeypatch):
         int(number.replace(",", ""))
         for number in re.search(r"state: \w+ ([\d,]+) bytes.*Adam ([\d,]+)", out).groups()
     )
-    assert held < 0.2 * adam if optimizer == "microadam" else held >= adam
-    assert re.search(r"validation loss \d\.\d+ nats a byte, unigram model \d\.\d+", out)
-    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert held < 0.2 * adam
+    said = re.search(r"validation loss (\d\.\d+) nats a byte, unigram model (.*)", out)
+    assert float(said[1]) < 0.8 * float(said[2])
+    for picture in (plot, plot.with_stem("loss_health")):
+        assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.promotes
 @pytest.mark.slow
-def test_diagnostics_are_drawn(tmp_path, capsys):
-    plot = run(tmp_path, "--log-diagnostics", "--window", "3", "--quiet")
-    assert plot.with_stem("loss_health").read_bytes().startswith(b"\x89PNG")
+def test_with_adamw_and_quiet(tmp_path, capsys):
+    plot = run(tmp_path, "--optimizer", "adamw", "--quiet")
+    assert plot.read_bytes().startswith(b"\x89PNG")
     out, err = capsys.readouterr()
     assert err == ""
     assert re.fullmatch(r"validation loss \d\.\d+ nats a byte, unigram .*\n", out)
-
-
-@pytest.mark.promotes
-@pytest.mark.slow
-def test_it_learns():
-    """Beats the unigram model on text with structure."""
-    text = np.frombuffer(b"abcdefgh" * 400, np.uint8)
-    parser = train_lm.make_parser("")
-    args = parser.parse_args([*SMALL, "--steps", "80", "--learning-rate", "1e-2"])
-    curves = train_lm.train(args, text)
-    assert curves["validation"][-1][1] < 0.8 * curves["unigram"][0]
 
 
 def test_embedded_text_and_its_unigram_loss():
@@ -145,10 +140,9 @@ def test_a_file_that_is_there_is_only_tried(tmp_path):
 def test_pure_bfloat16(capsys):
     sizes = {"steps": 40, "batch": 4, "length": 16, "width": 64, "depth": 1}
     arguments = [f"--{name}={size}" for name, size in sizes.items()]
-    assert (
-        pure_bfloat16.main(["--quiet", "--window=1", "--learning-rate=1e-4", *arguments])
-        == 0
-    )
+    fixed = ["--quiet", "--window=1", "--learning-rate=1e-4"]
+    with few_optimizations():
+        assert pure_bfloat16.main([*fixed, *arguments]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     lines = out.splitlines()
