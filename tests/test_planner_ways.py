@@ -15,6 +15,7 @@ import pytest
 
 import gpu_memory
 import gpu_steps
+from few_optimizations import few_optimizations
 from gpu_steps import LARGER, LAYERS
 from microadam_optax import accumulate, microadam
 from microadam_optax.planner import plans, ways
@@ -139,7 +140,8 @@ def test_a_compiled_step(row):
     state = jax.eval_shape(lambda params: gpu_steps.init(tx, params, step), params)
     tokens = jax.ShapeDtypeStruct((1, 9), jnp.int32)
     jitted = jax.jit(functools.partial(step, tx), donate_argnums=(0, 1))
-    found = jitted.lower(params, state, tokens).compile().memory_analysis()
+    with few_optimizations():
+        found = jitted.lower(params, state, tokens).compile().memory_analysis()
     kept = found.argument_size_in_bytes - 9 * 4
     assert 0 <= kept - (plan.parameters + plan.state) <= 64
     assert plan.gradients <= found.temp_size_in_bytes <= most * plan.gradients
