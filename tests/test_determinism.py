@@ -6,6 +6,7 @@ If it fails, a run cannot be repeated to the bit.
 import concurrent.futures
 import functools
 import hashlib
+import os
 import subprocess
 import sys
 
@@ -85,16 +86,14 @@ def test_the_update_has_the_same_bits_when_called_eagerly():
 
 
 @pytest.mark.slow
-def test_three_processes_give_the_same_bits():
+def test_another_process_gives_the_same_bits():
+    """One that compiles for itself."""
     code = "import test_determinism as t; print(t.digest(t.train(24, t.jitted)))"
     command = [sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path!r}; {code}"]
-    runs = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)
-    ]
-    digests = {run.communicate()[0].strip() for run in runs}
-    assert all(run.returncode == 0 for run in runs)
-    assert len(digests) == 1
-    assert len(digests.pop()) == 64
+    env = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    pipe = {"stdout": subprocess.PIPE, "text": True}
+    run = subprocess.run(command, env=env, check=True, **pipe)
+    assert run.stdout.strip() == digest(train(24, jitted))
 
 
 def test_one_transformation_serves_two_models_in_two_threads():
@@ -127,8 +126,7 @@ def test_stochastic_rounding_does_not_depend_on_the_default_generator(shape):
     gradient = jax.random.normal(jax.random.key(0), shape)
     state = tx.init(gradient)
     want = jax.jit(tx.update)(gradient, state)
-    for name in ("rbg", "unsafe_rbg"):
-        with jax.default_prng_impl(name):
-            np.testing.assert_array_equal(tx.init(gradient).key, state.key)
-            got = jax.jit(tx.update)(gradient, state)
-        assert digest(got) == digest(want)
+    with jax.default_prng_impl("rbg"):
+        np.testing.assert_array_equal(tx.init(gradient).key, state.key)
+        got = jax.jit(tx.update)(gradient, state)
+    assert digest(got) == digest(want)
