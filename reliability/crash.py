@@ -1,13 +1,13 @@
 """Kills examples/train_sharded.py at random moments and lets it go on.
 
 python reliability/crash.py             # 20 kills, some minutes
-python reliability/crash.py --kills 2
+python reliability/crash.py --kills 2 --steps 20
 
 Half of the kills strike at a random time, half while a checkpoint is being written. Each
 time the losses after the restart, and the last checkpoint with parameters and optimizer
 state, must have the bits of a run that was not interrupted. Then the last checkpoint is
-truncated, and replaced by a foreign one: both must be refused in one sentence, and the
-one before must load.
+truncated, and replaced by a foreign one: both must be refused in one sentence, and then
+the one before must load.
 """
 
 import argparse
@@ -35,17 +35,18 @@ import common  # noqa: E402
 
 RESULT = ROOT / "reliability" / "results" / "crash.json"
 SCRIPT = ROOT / "examples" / "train_sharded.py"
-STEPS, EVERY = 60, 5
+EVERY = 5  # steps to a checkpoint
 SIZES = {"batch": 4, "length": 32, "width": 64, "depth": 1, "heads": 2, "window": 2}
-OPTIONS = {"processes": 1, "devices": 2, "steps": STEPS, "save-every": EVERY}
+OPTIONS = {"processes": 1, "devices": 2, "save-every": EVERY}
 
 
 class Training:
     """The example with a folder for its checkpoints."""
 
-    def __init__(self, folder: pathlib.Path, cache: pathlib.Path):
+    def __init__(self, folder: pathlib.Path, cache: pathlib.Path, steps: int):
         self.checkpoints, self.curve = folder / "checkpoints", folder / "curve.json"
-        numbers = {**SIZES, **OPTIONS, "checkpoints": self.checkpoints}
+        self.steps = steps
+        numbers = {**SIZES, **OPTIONS, "steps": steps, "checkpoints": self.checkpoints}
         flags = [f"--{name}={value}" for name, value in numbers.items()]
         script = [sys.executable, str(SCRIPT), "--quiet"]
         self.command = [*script, *flags, f"--curve={self.curve}"]
@@ -75,7 +76,7 @@ class Training:
     def saved(self) -> list[np.ndarray]:
         """All arrays of the last checkpoint."""
         with ocp.StandardCheckpointer() as checkpointer:
-            path = (self.checkpoints / str(STEPS) / "default").absolute()
+            path = (self.checkpoints / str(self.steps) / "default").absolute()
             tree = checkpointer.restore(path)
         return [np.asarray(x) for x in _leaves(tree)]
 
@@ -114,39 +115,37 @@ def same(one: list[np.ndarray], other: list[np.ndarray]) -> bool:
     return all(x.dtype == y.dtype and x.tobytes() == y.tobytes() for x, y in pairs)
 
 
-def kills(number: int, seed: int, folder: pathlib.Path) -> dict[str, Any]:
+def kills(number: int, seed: int, folder: pathlib.Path, steps: int) -> dict[str, Any]:
     rng, cache = random.Random(seed), folder / "cache"
-    whole = Training(folder / "whole", cache)
+    whole = Training(folder / "whole", cache, steps)
     whole.finish()  # fills the cache of compiled programs
     shutil.rmtree(whole.checkpoints)
     began = time.monotonic()
     losses = whole.finish()
     seconds, arrays = time.monotonic() - began, whole.saved()
-    steps, amid = [], 0
+    reached, amid = [], 0
     for trial in tqdm(range(number), desc="kills"):
-        training = Training(folder / f"trial {trial}", cache)
+        training = Training(folder / f"trial {trial}", cache, steps)
         amid += kill(training, rng, seconds, writing=trial % 2 == 1)
         rest = training.finish()
         assert rest == {step: losses[step] for step in rest}, f"trial {trial}: losses"
         assert same(training.saved(), arrays), f"trial {trial}: checkpoints"
-        steps.append(min(rest, default=STEPS + 1) - 1)
+        reached.append(min(rest, default=steps + 1) - 1)
         if trial < number - 1:
             shutil.rmtree(training.checkpoints)
-    return {"kills": number, "amid_a_write": amid, "went_on_from_step": steps}
+    return {"kills": number, "amid_a_write": amid, "went_on_from_step": reached}
 
 
 def damage(training: Training) -> dict[str, str]:
     """What is said of a truncated and of a foreign checkpoint."""
-    last, before = (training.checkpoints / str(x) for x in (STEPS, STEPS - EVERY))
+    steps, on = training.steps, training.steps - EVERY
+    last, before = (training.checkpoints / str(x) for x in (steps, on))
     assert before.exists()
     files = [x for x in last.rglob("*") if x.is_file()]
     largest = max(files, key=lambda x: x.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     truncated = training.refused()
-    assert f"to go on from step {STEPS - EVERY}" in truncated, truncated
-    shutil.rmtree(last)
-    assert min(training.finish()) == STEPS - EVERY + 1
-
+    assert f"to go on from step {on}" in truncated, truncated
     shutil.rmtree(last)
     with ocp.StandardCheckpointer() as checkpointer:
         path = (last / "default").absolute()
@@ -154,22 +153,26 @@ def damage(training: Training) -> dict[str, str]:
     shutil.copy(before / "_CHECKPOINT_METADATA", last / "_CHECKPOINT_METADATA")
     foreign = training.refused()
     shutil.rmtree(last)
-    assert min(training.finish()) == STEPS - EVERY + 1
+    assert min(training.finish()) == on + 1
     return {"truncated": truncated, "foreign": foreign}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=60, help=f"a multiple of {EVERY}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=pathlib.Path, default=RESULT)
     args = parser.parse_args(arguments)
+    if args.kills < 1 or args.steps < 2 * EVERY or args.steps % EVERY:
+        parser.error(f"one kill at least, and a multiple of {EVERY} steps, at least two")
     if jax.config.jax_num_cpu_devices < OPTIONS["devices"]:  # those of its checkpoints
         jax.config.update("jax_num_cpu_devices", OPTIONS["devices"])
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        found = kills(args.kills, args.seed, folder)
-        last = Training(folder / f"trial {args.kills - 1}", folder / "cache")
+        found = kills(args.kills, args.seed, folder, args.steps)
+        name_of_last = f"trial {args.kills - 1}"
+        last = Training(folder / name_of_last, folder / "cache", args.steps)
         said = {what: x.replace(name, "...") for what, x in damage(last).items()}
     result = {"machine": common.machine(), **found, "refused": said}
     args.output.parent.mkdir(exist_ok=True)
