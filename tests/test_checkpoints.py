@@ -18,7 +18,7 @@ from microadam_optax import check_checkpoint, state_shardings
 
 SHAPES = {"up": (32, 1376), "heads": (64, 8, 64), "bias": (512,)}
 SPECS = {"up": P("fsdp", "tp"), "heads": P("fsdp", "tp"), "bias": P("tp")}
-WAY = [(4, 2), (2, 2), (1, 2), (1, 1), (1, 8)]  # meshes of 8, 4, 2, 1 and 8 devices
+WAY = [(4, 2), (1, 2), (1, 1), (1, 8)]  # meshes of 8, 2, 1 and 8 devices
 STEPS = 3  # on each mesh
 
 
@@ -56,7 +56,7 @@ def make_step(tx, places=None):
 
 
 def test_from_mesh_to_mesh(tmp_path):
-    """Saved and restored on 8, 4, 2, 1 and 8 devices: the bits of an unbroken run."""
+    """Saved and restored on 8, 2, 1 and 8 devices: the bits of an unbroken run."""
     tx = make()
     params = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
     unbroken, step_alone = (params, tx.init(params)), make_step(tx)

@@ -66,8 +66,9 @@ def test_none_takes_the_kernel(way):
     assert TRITON in lowered(*WAYS[way])
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("window", [1, 2, 10])
+@pytest.mark.parametrize(
+    ("window", "dtype"), [(1, jnp.bfloat16), (2, jnp.float16), (10, jnp.bfloat16)]
+)
 def test_of_short_floats(window, dtype):
     tx = scale_by_microadam(window=window, density=0.02, dense=None)
     assert TRITON in of_leaf(tx, jax.ShapeDtypeStruct((8, 250), dtype))
@@ -104,6 +105,7 @@ def test_programs_for_others_are_xlas(platforms):
     assert "tpu_custom_call" not in text
 
 
+@pytest.mark.slow
 def test_what_is_exported_for_gpus_runs_on_cpus():
     tx, leaf = make(), jnp.ones(LEAF.shape)
     state, tree = jax.tree.flatten(tx.init(leaf))

@@ -25,7 +25,7 @@ KINDS = {
 }
 
 
-INSIDE = [("window 1", WHOLE), ("random", CHUNKED), ("window 2", WHOLE)]
+INSIDE = [("window 1", WHOLE), ("random", CHUNKED)]
 
 
 def tree(own, shared):
@@ -74,7 +74,7 @@ def check(tx, f, specs, arguments, own, shared):
                 np.testing.assert_array_equal(x, want[name])
 
 
-@pytest.mark.parametrize(("kind", "shape"), quick(INSIDE, INSIDE[-1], several=True))
+@pytest.mark.parametrize(("kind", "shape"), quick(INSIDE, INSIDE[0], several=True))
 def test_init_inside(kind, shape):
     """The state's arrays vary as the parameters do, so that it can be carried."""
     tx = scale_by_microadam(**KINDS[kind], implementation="xla")
@@ -145,7 +145,9 @@ def test_types_are_those_of_adam():
             found[field] = axes, jax.typeof(after.count).manual_axis_type.varying
         return shared
 
-    jax.shard_map(f, mesh=mesh, in_specs=(P(None, "d"), P()), out_specs=P())(own, shared)
+    specs = P(None, "d"), P()
+    inside = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=P())
+    jax.eval_shape(inside, own, shared)
     assert found["mu"] == found["codes"]
 
 

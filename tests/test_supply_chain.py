@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from few_optimizations import environment
+
 ROOT = pathlib.Path(__file__).parents[1]
 NO_NETWORK = """
 import socket, sys
@@ -21,11 +23,11 @@ socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 @pytest.mark.promotes
 def test_no_network_when_it_runs():
     code = NO_NETWORK + (
-        "import jax.numpy as jnp, microadam_optax as m\n"
+        "import jax, jax.numpy as jnp, microadam_optax as m\n"
         "from microadam_optax import memory\n"
         "tx = m.microadam(0.1, dense=m.smaller_than(4))\n"
         "params = {'w': jnp.ones(300), 'b': jnp.ones(2)}\n"
-        "updates, state = tx.update(params, tx.init(params), params)\n"
+        "updates, state = jax.jit(tx.update)(params, tx.init(params), params)\n"
         "print(memory.optimizer_bytes(tx, params), sorted(updates))\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -45,6 +47,7 @@ def test_the_example_needs_no_network(tmp_path):
         f"runpy.run_path({str(script)!r}, run_name='__main__')\n"
     )
     command = [sys.executable, "-c", code]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    here = {"cwd": tmp_path, "env": environment()}
+    run = subprocess.run(command, capture_output=True, text=True, **here)
     assert "no network" not in run.stderr
     assert run.returncode == 0, run.stderr
