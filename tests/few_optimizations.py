@@ -1,4 +1,4 @@
-"""Programs that are compiled ahead of time, in less time, for runs of any bits."""
+"""Compiling ahead of time in less time, where all that is compared is compiled so."""
 
 import contextlib
 import os

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import docstrings
+import few_optimizations
 import finetune_llama
 import instructions
 import llama_training
@@ -30,6 +31,13 @@ FIXED += ["--learning-rate=0.01"]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return small_llama.write(tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.fixture
+def quickly():
+    """For runs of which none is compared with another that is compiled otherwise."""
+    with few_optimizations.few_optimizations():
+        yield
 
 
 @pytest.fixture
@@ -65,6 +73,7 @@ def losses_in(text):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quickly")
 def test_it_learns_says_so_saves_and_draws(folder, model, capsys):
     run("--save=out", "--plot=out/loss.png", "--steps=8", quiet=False)
     out, err = capsys.readouterr()
@@ -93,7 +102,7 @@ def test_it_learns_says_so_saves_and_draws(folder, model, capsys):
     ids=" ".join,
 )
 @pytest.mark.slow
-@pytest.mark.usefixtures("folder")
+@pytest.mark.usefixtures("folder", "quickly")
 def test_layer_by_layer_is_the_ordinary_run_to_the_bit(more):
     run("--save=ordinary", *more)
     run("--save=layers", "--layerwise", *more)
@@ -123,13 +132,13 @@ def cut_short(monkeypatch):
     "more",
     [
         ["--optimizer=adamw"],
-        *(
-            pytest.param(x, marks=pytest.mark.slow, id=" ".join(x))
-            for x in (["--accumulate=3"], ["--dtype=bfloat16", "--layerwise"])
+        pytest.param(
+            ["--accumulate=3", "--layerwise", "--dtype=bfloat16"], marks=pytest.mark.slow
         ),
     ],
+    ids=" ".join,
 )
-@pytest.mark.usefixtures("folder")
+@pytest.mark.usefixtures("folder", "quickly")
 def test_a_run_goes_on_as_if_it_had_not_been_interrupted(more, cut_short, capsys):
     kept = ["--checkpoints=kept", "--checkpoint-every=2"]
     run("--save=whole", *more)
@@ -151,19 +160,16 @@ def test_a_run_goes_on_as_if_it_had_not_been_interrupted(more, cut_short, capsys
 
 
 @pytest.mark.slow
-def test_other_data_are_another_run(folder, capsys):
-    run("--checkpoints=kept", "--steps=1")
-    with (folder / "pairs.jsonl").open("a") as file:
-        file.write(json.dumps(PAIRS[0]) + "\n")
+@pytest.mark.usefixtures("quickly")
+def test_other_data_and_a_damaged_checkpoint_are_named(folder, capsys):
+    run("--checkpoints=kept", "--checkpoint-every=2")
+    before = (folder / "pairs.jsonl").read_text()
+    (folder / "pairs.jsonl").write_text(before + json.dumps(PAIRS[0]) + "\n")
     with pytest.raises(SystemExit):
-        run("--checkpoints=kept", "--steps=1")
+        run("--checkpoints=kept", "--checkpoint-every=2")
     words = "the run in kept began with --data of the fingerprint"
     assert words in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_a_damaged_checkpoint_is_named(folder, capsys):
-    run("--checkpoints=kept", "--checkpoint-every=2")
+    (folder / "pairs.jsonl").write_text(before)
     for file in (folder / "kept" / "4").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
@@ -178,7 +184,7 @@ def test_a_damaged_checkpoint_is_named(folder, capsys):
 @pytest.mark.parametrize("optimizer", ["microadam", "adamw", "adafactor", "lion"])
 @pytest.mark.promotes
 @pytest.mark.slow
-@pytest.mark.usefixtures("folder")
+@pytest.mark.usefixtures("folder", "quickly")
 def test_each_optimizer_learns_at_its_own_rate(optimizer, capsys):
     """In the same steps, micro-batches of 2 come to what batches of 4 come to."""
     rate = str(10 * finetune_llama.llama_optimizers.LEARNING_RATE[optimizer])
@@ -193,10 +199,11 @@ def test_each_optimizer_learns_at_its_own_rate(optimizer, capsys):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.slow
+@pytest.mark.usefixtures("quickly")
 def test_a_saved_model_goes_on_from_what_it_has_learned(folder, tied, capsys):
     small_llama.write(folder / "start", tie_word_embeddings=tied)
     run("--model=start", "--save=first")
-    run("--model=first", "--save=second", "--dtype=bfloat16")
+    run("--model=first", "--save=second", "--dtype=bfloat16", "--optimizer=adamw")
     first, second = (losses_in(x) for x in capsys.readouterr().out.splitlines())
     assert second[0] == pytest.approx(first[1], abs=0.02)  # bfloat16 has 8 bits
     assert second[1] < second[0]
@@ -205,6 +212,7 @@ def test_a_saved_model_goes_on_from_what_it_has_learned(folder, tied, capsys):
 
 @pytest.mark.makes_nan
 @pytest.mark.slow
+@pytest.mark.usefixtures("quickly")
 def test_a_run_that_diverges_ends_with_one_line(folder, capsys):
     with pytest.raises(SystemExit) as stopped:
         run("--learning-rate=1e30", "--save=out", "--optimizer=adamw")
@@ -217,24 +225,32 @@ def test_a_run_that_diverges_ends_with_one_line(folder, capsys):
 
 @pytest.mark.makes_nan
 @pytest.mark.slow
+@pytest.mark.usefixtures("quickly")
 def test_what_diverges_in_its_last_step_is_not_kept(folder, capsys):
     """The loss of a step is of the parameters before it; those after it are finite."""
+    adamw = ["--optimizer=adamw"]
     with pytest.raises(SystemExit):
-        run("--learning-rate=1e30", "--checkpoints=kept", "--steps=1")
+        run("--learning-rate=1e30", "--checkpoints=kept", "--steps=1", *adamw)
     error = capsys.readouterr().err
     assert "after 1 step; a smaller --learning-rate than 1e+30 may help" in error
     assert not (folder / "kept" / "1").exists()
-    run("--checkpoints=kept", "--steps=1")  # at another rate, for nothing is there
+    # At another rate, for nothing is there.
+    run("--checkpoints=kept", "--steps=1", *adamw)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("folder")
-def test_eight_devices_make_the_losses_of_one():
+@pytest.mark.usefixtures("folder", "quickly")
+def test_eight_devices_make_the_losses_of_one(capsys):
+    run()
+    found = [losses_in(capsys.readouterr().out)]
     command = [sys.executable, finetune_llama.__file__, *FIXED, "--quiet"]
-    found = []
-    for more in ([], ["--mesh=fsdp=8"], ["--mesh=fsdp=8", "--layerwise", "--batch=8"]):
+    for more in (["--mesh=fsdp=8"], ["--mesh=fsdp=8", "--layerwise", "--batch=8"]):
         done = subprocess.run(
-            [*command, *more], stdout=subprocess.PIPE, text=True, check=True
+            [*command, *more],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            env=few_optimizations.environment(),
         )
         found.append(losses_in(done.stdout))
     assert found[1] == pytest.approx(found[0], abs=2e-4)
