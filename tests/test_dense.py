@@ -123,7 +123,7 @@ def test_weight_decay_reaches_every_leaf():
     params = jax.tree.map(jnp.ones_like, PARAMS)
     tx = microadam(0.5, weight_decay=0.1, dense=not_kernels, **SETTINGS)
     still = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = tx.update(still, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(still, tx.init(params), params)
     expected = jax.tree.map(lambda p: jnp.full_like(p, -0.05), params)
     chex.assert_trees_all_close(updates, expected, rtol=1e-6)
 

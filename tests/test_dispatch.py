@@ -444,10 +444,14 @@ def test_vmap_over_learning_rates(implementation):
 
     def trained(rate):
         tx = microadam(rate, dense=None, weight_decay=0.01, implementation=implementation)
-        params, state = gradient, tx.init(gradient)
-        for factor in (1.0, 2.0):
+
+        def step(carry, factor):
+            params, state = carry
             updates, state = tx.update(factor * gradient, state, params)
-            params = params + updates
+            return (params + updates, state), None
+
+        first = gradient, tx.init(gradient)
+        (params, state), _ = jax.lax.scan(step, first, jnp.array([1.0, 2.0]))
         return params, state[0].codes
 
     rates = jnp.array([1e-3, 0.1])
@@ -456,7 +460,7 @@ def test_vmap_over_learning_rates(implementation):
 
 
 def test_linearize_is_jvp():
-    tx, gradient = make(), normal(4, 256)
+    tx, gradient = make(window=1), normal(4, 256)
     state = some_steps(tx, gradient)
 
     def update(gradient):

@@ -183,11 +183,12 @@ def test_derivatives_with_respect_to_decays():
     @jax.jit
     def moved(b1, b2):
         tx = scale_by_microadam(b1, b2, window=3, match_adam=True)
-        state, total = tx.init(gradient), 0.0
-        for _ in range(3):
+
+        def step(state, _):
             updates, state = tx.update(gradient, state)
-            total += jnp.sum(updates**2)
-        return total
+            return state, jnp.sum(updates**2)
+
+        return jnp.sum(jax.lax.scan(step, tx.init(gradient), length=3)[1])
 
     slopes = jax.jit(jax.grad(moved, (0, 1)))
     for b1, b2 in [(0.0, 0.0), (0.9, 0.99)]:
