@@ -124,7 +124,7 @@ MUTATIONS = {
         "_topk.py",
         "backwards = size - 1 - lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)",
         "backwards = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)",
-        "tests/test_parts.py::test_selection_is_that_of_top_k[96-8-ties]",
+        "tests/test_parts.py::test_selection_is_that_of_top_k[96-8-finite]",
     ),
     "the token between leaves in chunks dropped": Mutation(
         "_chunks.py",
@@ -166,7 +166,7 @@ MUTATIONS = {
         "_step.py",
         "(mu, (nu + inside) * step.debias_nu, step.eps)",
         "(mu, nu * step.debias_nu, step.eps + step.eps_root)",
-        f"{ORACLE}[eps_root]",
+        f"{ORACLE}[decays]",
     ),
     "bias correction with t - 1": Mutation(
         "_step.py",

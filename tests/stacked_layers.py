@@ -16,7 +16,7 @@ TRANSFORMATIONS = {
     "paper with a schedule": microadam(SCHEDULE, weight_decay=1e-3, **PAPER),
     "XLA": microadam(1e-2, implementation="xla", block_size=64),
     "literal": microadam(1e-2, window=1, density=0.25, match_adam=False),
-    "random rounding": microadam(1e-2, stochastic_rounding=True),
+    "random rounding": microadam(1e-2, window=1, density=0.06, stochastic_rounding=True),
     "adamw": optax.adamw(1e-2),
     "lion, clipped by block": optax.chain(optax.clip_by_block_rms(1.0), optax.lion(1e-3)),
 }
@@ -65,8 +65,13 @@ def by_layers(tx, params, state, x, target, apply=optax.apply_updates):
     return params, state, value, dx
 
 
+@functools.cache
+def jitted(step, tx):
+    return jax.jit(functools.partial(step, tx), donate_argnums=(0, 1))
+
+
 def run(step, tx, steps, params, state):
-    step = jax.jit(functools.partial(step, tx), donate_argnums=(0, 1))
+    step = jitted(step, tx)
     batch = data(params["up"].dtype)
     for _ in range(steps):
         params, state, value, dx = step(params, state, *batch)

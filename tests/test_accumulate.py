@@ -73,22 +73,29 @@ def assert_equal(one, other):
 @pytest.mark.parametrize(
     ("implementation", "bits"),
     quick(
-        [*((x, 4) for x in IMPLEMENTATIONS), (None, 2), ("xla", 8), ("interpret_tpu", 8)],
+        [*((x, 4) for x in IMPLEMENTATIONS), (None, 2), ("xla", 8)],
         *((x, 4) for x in IMPLEMENTATIONS),
         several=True,
     ),
 )
 def test_error_takes_up_micro_batches(implementation, bits):
-    """To the oracle's bits: its encoding of the error and a share of each gradient."""
-    tx = scale_by_microadam(dense=None, implementation=implementation, error_bits=bits)
-    tx = accumulate(tx, 4)
+    """To the oracle's bits: its encoding of the error and a share of each gradient.
+
+    The last micro-batch is a step of its share and the error that the others left, in
+    every bit.
+    """
+    window = 2 if bits == 4 and implementation != "interpret_tpu" else 1
+    settings = {"window": window, "density": 0.012, "error_bits": bits}
+    inner = scale_by_microadam(dense=None, implementation=implementation, **settings)
+    tx = accumulate(inner, EVERY)
     state = tx.init(jnp.zeros((4, 250)))
-    mine = None
-    for g in gradients(3):
-        updates, state = jax.jit(tx.update)(g, state)
+    update, whole_step = jax.jit(tx.update), jax.jit(inner.update)
+    mine, stream = None, gradients(2 * EVERY)
+    for g in stream[: EVERY - 1]:
+        updates, state = update(g, state)
         assert not np.any(updates)
         codes, ranges, *_ = state_blocks(micro_state(state), bits)
-        rows = np.asarray(g / 4).reshape(len(codes), -1)
+        rows = np.asarray(g * np.float32(1 / EVERY)).reshape(len(codes), -1)
         mine = mine or [oracle.new_block(len(x)) for x in codes]
         for row, gradient in enumerate(rows):
             total = [
@@ -102,52 +109,30 @@ def test_error_takes_up_micro_batches(implementation, bits):
             assert (mine[row].step, mine[row].zero) == (step, int(zero))
             assert mine[row].points == [code - int(zero) for code in codes[row]]
     assert int(micro_state(state).count) == 0
-
-
-@pytest.mark.parametrize(
-    ("implementation", "window"),
-    quick(
-        [
-            *((x, 1) for x in IMPLEMENTATIONS),
-            (None, 2),
-            ("xla", 10),
-            ("interpret_gpu", 2),
-        ],
-        *((x, 1) for x in IMPLEMENTATIONS),
-        several=True,
-    ),
-)
-def test_last_micro_batch_is_a_step(implementation, window):
-    """Of its share and the error that the others left, in every bit."""
-    settings = {"implementation": implementation, "window": window, "density": 0.02}
-    inner = scale_by_microadam(dense=None, **settings)
-    tx = accumulate(inner, EVERY)
-    state = tx.init(jnp.zeros((4, 250)))
-    update = jax.jit(tx.update)
-    for i, g in enumerate(gradients(4 * EVERY)):
+    for i, g in enumerate(stream[EVERY - 1 :]):
         before, (updates, state) = state, update(g, state)
-        if i % EVERY == EVERY - 1:
-            step = jax.jit(inner.update)(g / EVERY, micro_state(before))
-            assert_equal((updates, micro_state(state)), step)
-    assert int(micro_state(state).count) == 4 == int(state.gradient_step)
+        if i % EVERY == 0:
+            whole = whole_step(g / EVERY, micro_state(before))
+            assert_equal((updates, micro_state(state)), whole)
+    assert int(micro_state(state).count) == 2 == int(state.gradient_step)
 
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "implementation"),
     quick(
         [
-            ((64, 256), jnp.bfloat16, None),
-            ((3, 1000), jnp.float32, None),
+            ((3, 1000), jnp.bfloat16, None),
             ((3, 1000), jnp.float16, "interpret_gpu"),
             ((3, 1000), jnp.float16, "interpret_tpu"),
         ],
-        ((64, 256), jnp.bfloat16, None),
+        ((3, 1000), jnp.bfloat16, None),
         several=True,
     ),
 )
 def test_kernels_keep_the_same_bits(shape, dtype, implementation):
     def run(implementation):
-        tx = scale_by_microadam(dense=None, implementation=implementation, window=3)
+        settings = {"window": 2, "density": 0.012, "dense": None}
+        tx = scale_by_microadam(implementation=implementation, **settings)
         stream = gradients(2 * EVERY, shape, dtype)
         return trained(accumulate(tx, EVERY), jnp.zeros(shape, dtype), stream)[1]
 
@@ -211,7 +196,7 @@ def test_schedules_and_decay_step_once():
     state = tx.init(params)
     sizes = []
     for _ in range(3 * EVERY):
-        updates, state = tx.update(jnp.ones(16), state, params)
+        updates, state = jax.jit(tx.update)(jnp.ones(16), state, params)
         sizes.append(float(updates[0]))
     expected = [0, 0, 1.1, 0, 0, 0.55, 0, 0, 0.275]
     np.testing.assert_allclose(sizes, expected, rtol=1e-5)
@@ -229,7 +214,7 @@ def test_has_updated():
 
 
 def test_trains_as_the_whole_batch_does():
-    """A quadratic under noise: the same loss within a tenth, at 4 bits and at 8."""
+    """A quadratic under noise: the same loss within a tenth."""
     rng = np.random.default_rng(0)
     target = jnp.asarray(rng.normal(size=(64, 256)), jnp.float32)
     rate = optax.cosine_decay_schedule(0.1, 100)
@@ -248,8 +233,7 @@ def test_trains_as_the_whole_batch_does():
         return float(jnp.mean((params - target) ** 2))
 
     whole = final(optax.MultiSteps(microadam(rate), 4).gradient_transformation())
-    for bits in (4, 8):
-        assert final(accumulate(microadam(rate, error_bits=bits), 4)) < 1.1 * whole
+    assert final(accumulate(microadam(rate), 4)) < 1.1 * whole
 
 
 def test_random_rounding_draws_anew_in_each_micro_batch():
@@ -257,9 +241,10 @@ def test_random_rounding_draws_anew_in_each_micro_batch():
     g = gradients(1)[0]
     first = tx.init(jnp.zeros((4, 250)))
     second = first._replace(mini_step=jnp.int32(1))
-    one, two = (micro_state(tx.update(g, x)[1]).codes for x in (first, second))
+    update = jax.jit(tx.update)
+    one, two = (micro_state(update(g, x)[1]).codes for x in (first, second))
     assert np.any(one != two)
-    assert_equal(one, micro_state(tx.update(g, first)[1]).codes)
+    assert_equal(one, micro_state(update(g, first)[1]).codes)
 
 
 def test_chain_partition_and_injected_rates():
@@ -292,8 +277,8 @@ def test_chain_partition_and_injected_rates():
 @pytest.mark.parametrize("implementation", quick([None, "xla"], None))
 def test_no_leaf_is_copied(implementation):
     """In place, where gradients, state and updates are donated."""
-    inner = microadam(1e-2, implementation=implementation)
-    leaf = [jax.ShapeDtypeStruct((2048, 1024), jnp.float32)] * 4
+    inner = microadam(1e-2, window=1, density=0.1, implementation=implementation)
+    leaf = [jax.ShapeDtypeStruct((2048, 1024), jnp.float32)] * 2
 
     def temporary(tx):
         step = jax.jit(tx.update, donate_argnums=(0, 1))
@@ -382,12 +367,11 @@ def test_on_a_mesh(implementation):
     params = jax.device_put(jnp.zeros((64, 512)), at)
     places = state_shardings(tx, params)
     state = jax.jit(tx.init, out_shardings=places)(params)
-    update = jax.jit(tx.update, out_shardings=(at, places))
+    update = jax.jit(tx.update, out_shardings=(at, places)).lower(params, state).compile()
     for g in stream:
         _, state = update(jax.device_put(g, at), state)
     assert_equal(state, known)
-    compiled = update.lower(params, state).compile()
-    assert not meshes.collectives(compiled)
+    assert not meshes.collectives(update)
 
 
 def test_scalars_lie_where_the_parameters_do():

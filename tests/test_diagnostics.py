@@ -30,13 +30,21 @@ def gradients(step):
     }
 
 
-def run(tx, steps, make=gradients):
-    params = jax.tree.map(jnp.zeros_like, make(0))
+def steps_of(tx, steps, make=gradients):
+    params = jax.tree.map(np.zeros_like, make(0))
     state = tx.init(params)
     for step in range(steps):
         given = make(step)
         updates, state = jax.jit(tx.update)(given, state, params)
-    return given, updates, state
+        yield given, updates, state
+
+
+def run(tx, steps, make=gradients):
+    return list(steps_of(tx, steps, make))[-1]
+
+
+def figures_of(given, updates, state):
+    return jax.jit(diagnostics)(state, given, updates)
 
 
 def stored_error(codes, ranges, bits):
@@ -51,11 +59,11 @@ def norm(x):
     return np.linalg.norm(np.asarray(x, np.float64).ravel())
 
 
-@pytest.mark.parametrize("bits", quick([2, 4, 8], 4))
+@pytest.mark.parametrize("bits", quick([2, 4], 4))
 def test_norms_and_shares(bits):
     tx = scale_by_microadam(error_bits=bits, **SETTINGS)
     given, updates, state = run(tx, 6)
-    found = diagnostics(state, given, updates)
+    found = figures_of(given, updates, state)
     squares = 0.0
     for name, shape in SHAPES.items():
         one = found.leaves[name]
@@ -78,14 +86,14 @@ def test_norms_and_shares(bits):
     )
 
 
-@pytest.mark.parametrize("bits", quick([2, 4, 8], 4))
+@pytest.mark.parametrize("bits", quick([2, 8], 8))
 def test_expected_rounding_is_near_the_true_one(bits):
     """The first error is the rest of the gradient rounded once: both can be had."""
     shape = (64, 512)
     given = jax.random.uniform(jax.random.key(0), shape)  # spread evenly in each block
     tx = scale_by_microadam(window=1, density=0.01, error_bits=bits)
     updates, state = tx.update(given, tx.init(given))
-    found = diagnostics(state, given, updates).total
+    found = figures_of(given, updates, state).total
     blocks = state.codes.shape[:-1]
     error = stored_error(state.codes, state.ranges, bits)
     rest = np.where(np.asarray(updates) == 0, np.asarray(given), 0).reshape(*blocks, -1)
@@ -98,12 +106,11 @@ def test_window_and_repeated_selection():
     """The same few entries tower over the others: they are selected in each step."""
 
     def towering(_):
-        return {"w": jnp.full((4, 64), 1e-3).at[:, 5].set(1e3)}
+        return {"w": np.where(np.arange(64) == 5, 1e3, np.full((4, 64), 1e-3, "f"))}
 
-    tx = scale_by_microadam(window=3, density=1 / 64)
-    for steps, filled, again in [(1, 0.5, 0.0), (2, 1.0, 1.0), (5, 1.0, 1.0)]:
-        given, updates, state = run(tx, steps, towering)
-        found = diagnostics(state, given, updates).leaves["w"]
+    steps = list(steps_of(scale_by_microadam(window=3, density=1 / 64), 5, towering))
+    for step, filled, again in [(1, 0.5, 0.0), (2, 1.0, 1.0), (5, 1.0, 1.0)]:
+        found = figures_of(*steps[step - 1]).leaves["w"]
         assert float(found.window_filled) == filled
         assert float(found.selected_again) == again
         assert float(found.nonzero_updates) == 1 / 64
@@ -113,8 +120,8 @@ def test_other_entries_are_no_repetition():
     def moving(step):
         return {"w": jnp.zeros((4, 64)).at[:, step].set(1.0)}
 
-    given, updates, state = run(scale_by_microadam(window=4, density=1 / 64), 8, moving)
-    found = diagnostics(state, given, updates).total
+    found = figures_of(*run(scale_by_microadam(window=4, density=1 / 64), 8, moving))
+    found = found.total
     assert float(found.selected_again) == 0
     assert float(found.nonzero_updates) == 4 / 64
     assert float(found.error_norm) == 0
@@ -122,8 +129,7 @@ def test_other_entries_are_no_repetition():
 
 @pytest.mark.parametrize("window", [1, 2])
 def test_short_windows_cannot_tell_all(window):
-    given, updates, state = run(scale_by_microadam(window=window, density=0.1), 3)
-    found = diagnostics(state, given, updates).total
+    found = figures_of(*run(scale_by_microadam(window=window, density=0.1), 3)).total
     assert np.isnan(found.selected_again)
     assert np.isnan(found.window_filled) == (window == 1)
 
@@ -155,8 +161,8 @@ def test_in_a_chain_and_jitted():
 def test_several_parts_of_a_partition():
     labels = {"w": "long", "odd": "short", "b": "short"}
     parts = {"long": microadam(0.1), "short": microadam(0.1, window=1, density=0.2)}
-    given, updates, state = run(optax.partition(parts, labels), 3)
-    assert set(diagnostics(state, given, updates).leaves) == {"w", "odd", "b"}
+    found = figures_of(*run(optax.partition(parts, labels), 3))
+    assert set(found.leaves) == {"w", "odd", "b"}
 
 
 def test_paths_that_read_alike():
@@ -164,7 +170,7 @@ def test_paths_that_read_alike():
     params = {"a/b": jnp.ones(64), "a": {"b": jnp.zeros(64)}, "c": {"d": jnp.ones(64)}}
     tx = scale_by_microadam(window=1, density=0.1)
     updates, state = tx.update(params, tx.init(params))
-    found = diagnostics(state, params, updates)
+    found = figures_of(params, updates, state)
     assert set(found.leaves) == {"['a/b']", "['a']['b']", "c/d"}
     norms = {at: float(one.gradient_norm) for at, one in found.leaves.items()}
     assert norms == {"['a/b']": 8, "['a']['b']": 0, "c/d": 8}
@@ -193,10 +199,7 @@ def test_errors():
 def test_on_a_mesh(kind):
     """Sharded state, gradients and updates give the figures of one device."""
     mesh = make_mesh("fsdp 4, tp 2", kind)
-    specs = {"w": P("fsdp", "tp"), "b": P("tp")}
-    keys = dict(zip(specs, jax.random.split(jax.random.key(0)), strict=True))
-    shapes = {"w": (16, 512), "b": (1024,)}
-    given = {name: jax.random.normal(keys[name], shapes[name]) for name in specs}
+    given = jax.random.normal(jax.random.key(0), (16, 512))
     tx = scale_by_microadam(window=3, density=0.05)
 
     def figures(gradients):
@@ -207,7 +210,7 @@ def test_on_a_mesh(kind):
 
     alone = figures(given)
     with jax.set_mesh(mesh):
-        places = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
-        sharded = figures(jax.device_put(given, places))
+        own = NamedSharding(mesh, P("fsdp", "tp"))
+        sharded = figures(jax.device_put(given, own))
     # Sums of up to 8192 squares in another order.
     chex.assert_trees_all_close(sharded, alone, rtol=2**-23 * 8192**0.5)

@@ -16,11 +16,10 @@ from quick import quick
 SETTINGS = {
     "paper": PAPER,
     "window 1": {"window": 1, "density": 0.12},
-    "window 2": {"window": 2, "density": 0.06},
     "all selected": {"window": 3, "density": 1.0},
     "alpha": {"window": 2, "density": 0.06, "alpha": 0.5},
     "two bits": {"window": 2, "density": 0.06, "error_bits": 2},
-    "stochastic": {"window": 2, "density": 0.06, "stochastic_rounding": True},
+    "stochastic": {"window": 1, "density": 0.01, "stochastic_rounding": True},
     "b2 0": {"window": 3, "density": 0.06, "b2": 0.0},
 }
 IMPLEMENTATIONS = ("xla", "interpret_gpu", "interpret_tpu")
@@ -66,8 +65,7 @@ def finite(tree):
     quick(
         [
             *((x, jnp.float32) for x in SETTINGS),
-            ("paper", jnp.bfloat16),
-            ("stochastic", jnp.float16),
+            ("alpha", jnp.float16),
             ("two bits", jnp.bfloat16),
         ],
         *((x, jnp.float32) for x in SETTINGS),
@@ -108,13 +106,13 @@ def test_kernels_have_the_same_bits_of_them(platform):
 def test_nothing_on_the_way_is_nan(implementation):
     """Else a search for a NaN, operation by operation, would stop here in vain."""
     tx = scale_by_microadam(window=2, density=0.06, implementation=implementation)
+    kinds = ("zeros", "denormal", "1e38", "ties")  # each in rows of its own
     with jax.debug_nans(True), jax.disable_jit():
-        for kind in ("zeros", "denormal", "1e38", "ties"):
-            state = tx.init(jnp.zeros(SHAPE))
-            for step in range(2):
-                g = limited(FINITE[kind](step), jnp.float32)
-                updates, state = tx.update(g, state)
-            assert finite(updates)
+        state = tx.init(jnp.zeros((len(kinds) * SHAPE[0], *SHAPE[1:])))
+        for step in range(2):
+            g = np.concatenate([FINITE[kind](step) for kind in kinds])
+            updates, state = tx.update(limited(g, jnp.float32), state)
+        assert finite(updates)
 
 
 def test_float64_beyond_float32():
@@ -140,7 +138,7 @@ def test_size_does_not_matter_up_to_the_limit():
         state = tx.init(jnp.zeros(SHAPE))
         for step in range(5):
             g = jnp.asarray(normal(step) * scale, jnp.float32)
-            updates, state = tx.update(g, state)
+            updates, state = jax.jit(tx.update)(g, state)
         found.append(updates)
     np.testing.assert_array_equal(found[0], found[1])
     np.testing.assert_array_equal(found[2], found[1])
@@ -198,12 +196,16 @@ BAD = {
 
 @pytest.mark.makes_nan
 @pytest.mark.parametrize("implementation", quick(IMPLEMENTATIONS, "xla"))
-@pytest.mark.parametrize("kind", BAD)
-def test_what_is_not_finite_shows_and_stays_in_its_block(kind, implementation):
+def test_what_is_not_finite_shows_and_stays_in_its_block(implementation):
     tx = scale_by_microadam(
         window=2, density=0.06, shards=1, block_size=64, implementation=implementation
     )
-    update, numbers = jax.jit(tx.update), BAD[kind]
+    for numbers in BAD.values():
+        check_that_it_stays(tx, numbers)
+
+
+def check_that_it_stays(tx, numbers):
+    update = jax.jit(tx.update)
     shape = (4, 64)  # a block in each row
     clean = dirty = tx.init(jnp.zeros(shape))
     for step in range(4):
@@ -226,8 +228,9 @@ def test_what_is_not_finite_shows_and_stays_in_its_block(kind, implementation):
 
 
 @pytest.mark.makes_nan
-@pytest.mark.parametrize("shape", quick([(64, 64), (8192, 64)], (64, 64)))
-@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize(
+    ("shape", "k"), quick([((64, 64), 4), ((8192, 64), 1)], ((64, 64), 4), several=True)
+)
 def test_what_is_not_finite_is_never_forgotten(shape, k):
     """More of it than is selected, wherever in a block: the error's step shows it.
 

@@ -22,31 +22,33 @@ from quick import quick
 MOST = np.iinfo(np.int32).max
 
 
-@pytest.mark.parametrize("setting", quick(long_runs.SETTINGS, "(2, 6 %)"))
+OURS, RANDOM = "(2, 6 %)", "(2, 6 %), stochastic"
+
+
+@pytest.mark.parametrize("setting", quick([OURS, RANDOM], OURS))
 def test_the_error_stays_bounded(setting):
     found = long_runs.error_norms(setting, steps=2000)
     assert found["largest_of_last_half"] <= 1.25 * found["largest_of_first_half"]
 
 
-@pytest.mark.parametrize("setting", quick(long_runs.SETTINGS, "(2, 6 %)"))
+@pytest.mark.parametrize("setting", quick(["(10, 1 %)", OURS], OURS))
 def test_nothing_is_lost_over_many_steps(setting):
     found = long_runs.conservation(setting, steps=500)
     assert found["largest_gap_over_bound"] <= 1
     assert found["largest_gap"] > 0  # there is rounding, and it is seen
 
 
-@pytest.mark.parametrize("setting", quick(long_runs.SETTINGS, "(2, 6 %)"))
-def test_untouched_coordinates_and_padding_stay(setting):
-    found = long_runs.untouched(setting, steps=2000)
+def test_untouched_coordinates_and_padding_stay():
+    found = long_runs.untouched(OURS, steps=2000)
     assert found.pop("others_moved") > 0.9
     assert found == {"moved": 0, "error": 0, "padding": 0}
 
 
 @given(
     arrays.arrays(np.float32, 24, elements=st.floats(-(2.0**50), 2.0**50, width=32)),
-    st.sampled_from([1, 3, 7, 12, 24]),
+    st.sampled_from([1, 7, 24]),
 )
-@settings(max_examples=100)
+@settings(max_examples=50)
 def test_selection_contracts(x, k):
     """What is left has at most ``1 - k / b`` of the square."""
     mask = np.asarray(jax.jit(_topk.largest, static_argnums=1)(x[None], k))[0]
@@ -60,18 +62,17 @@ def test_the_last_count_stays():
     """At the end of int32 the number of steps stays where it is, as optax's does."""
     tx, adam = scale_by_microadam(window=3, density=0.25), optax.scale_by_adam()
     g = jnp.asarray(np.random.default_rng(0).normal(size=64), jnp.float32)
-    for start in (MOST - 2, MOST):
-        state = tx.init(g)._replace(count=jnp.int32(start))
-        other = adam.init(g)._replace(count=jnp.int32(start))
-        for _ in range(4):
-            updates, state = jax.jit(tx.update)(g, state)
-            _, other = adam.update(g, other)
-            assert bool(jnp.isfinite(updates).all())
-        assert int(state.count) == int(other.count) == MOST
-        assert updates.any()
+    state = tx.init(g)._replace(count=jnp.int32(MOST - 2))
+    other = adam.init(g)._replace(count=jnp.int32(MOST - 2))
+    for _ in range(4):
+        updates, state = jax.jit(tx.update)(g, state)
+        _, other = jax.jit(adam.update)(g, other)
+        assert np.isfinite(updates).all()
+    assert int(state.count) == int(other.count) == MOST
+    assert np.any(updates)
 
 
-@pytest.mark.parametrize("window", [2, 3, 5])
+@pytest.mark.parametrize("window", [2, 5])
 def test_slots_are_overwritten_in_turn(window):
     """A gradient that names its step: each slot holds one of the last steps."""
     tx = scale_by_microadam(window=window, density=1 / 64, shards=1)

@@ -23,11 +23,11 @@ from quick import quick
 
 # Blocks of 256, which the default grid would cut.
 scale_by_microadam = functools.partial(compressed.scale_by_microadam, shards=1)
-SETTINGS = [(1, 0.04), (1, 0.25), (2, 0.06), (10, 0.01)]
+SETTINGS = [(1, 0.04), (2, 0.06), (10, 0.01)]
 BITS = [
-    *((*x, "jit") for x in (*SETTINGS, (3, 0.06), (20, 0.02))),
+    *((*x, "jit") for x in ((1, 0.04), (2, 0.06), (20, 0.02))),
     (2, 0.06, "vmap"),
-    (3, 0.06, "explicit mesh"),
+    (2, 0.06, "explicit mesh"),
 ]
 
 
@@ -50,7 +50,7 @@ def selected(updates):
     return moved[moved > 0]
 
 
-@pytest.mark.parametrize("density", [0.04, 0.25, 1.0])
+@pytest.mark.parametrize("density", [0.04, 1.0])
 def test_window_1_moves_by_one_number_from_the_first_step_on(density):
     tx = scale_by_microadam(window=1, density=density, eps=1e-30, match_adam=True)
     k = max(1, np.ceil(round(256 * density, 6)))
@@ -136,9 +136,10 @@ def test_updates_have_the_same_bits(window, density, way):
         np.testing.assert_array_equal(jnp.reshape(found, gradient.shape), updates)
 
 
-@pytest.mark.parametrize("density", [0.06, 0.5])
-@pytest.mark.parametrize("size", [8, 256])
-@pytest.mark.parametrize("shape", [(512, 9), (8964,), (5, 700)])
+@pytest.mark.parametrize(
+    ("shape", "size", "density"),
+    [((512, 9), 8, 0.06), ((512, 9), 8, 0.5), ((8964,), 256, 0.06), ((5, 700), 256, 0.5)],
+)
 def test_the_share_counts_no_padding(shape, density, size):
     """With 9 elements in blocks of 8, the last block has fewer than are selected."""
     at = _blocks.layout_of(shape, size, shards=1, grid=(shape[0], 1)[: len(shape)])
@@ -179,18 +180,21 @@ def test_other_than_a_bool_is_refused(wrong):
 def test_derivatives_with_respect_to_decays():
     gradient = noise(1)[0]
 
+    @jax.jit
     def moved(b1, b2):
         tx = scale_by_microadam(b1, b2, window=3, match_adam=True)
-        state, total = tx.init(gradient), 0.0
-        for _ in range(3):
-            updates, state = tx.update(gradient, state)
-            total += jnp.sum(updates**2)
-        return total
 
-    for b1, b2 in [(0.9, 0.99), (0.0, 0.0)]:
-        slopes = jax.grad(moved, (0, 1))(jnp.float32(b1), jnp.float32(b2))
-        assert all(map(np.isfinite, map(float, slopes)))
-    found = jax.grad(moved)(jnp.float32(0.9), jnp.float32(0.99))
+        def step(state, _):
+            updates, state = tx.update(gradient, state)
+            return state, jnp.sum(updates**2)
+
+        return jnp.sum(jax.lax.scan(step, tx.init(gradient), length=3)[1])
+
+    slopes = jax.jit(jax.grad(moved, (0, 1)))
+    for b1, b2 in [(0.0, 0.0), (0.9, 0.99)]:
+        found, other = slopes(jnp.float32(b1), jnp.float32(b2))
+        assert np.isfinite(found)
+        assert np.isfinite(other)
     h = 1e-2
     numeric = (moved(0.9 + h, 0.99) - moved(0.9 - h, 0.99)) / (2 * h)
     np.testing.assert_allclose(found, numeric, rtol=0.05)

@@ -22,7 +22,6 @@ from optax._src import alias
 import microadam_optax
 from quick import quick
 
-SLOW = pytest.mark.slow
 LITERAL = {"dense": None, "match_adam": False}
 VARIANTS = {
     "default": {},  # optax's leaves are so small that Adam updates them
@@ -87,12 +86,12 @@ def keywords(name, monkeypatch):
     return {"opt_name": own, "opt_kwargs": {"learning_rate": RATE[name]}}
 
 
-@pytest.fixture(params=quick(VARIANTS, "default", "compressed"))
+@pytest.fixture
 def trained(request, monkeypatch):
     return keywords(request.param, monkeypatch)
 
 
-@pytest.fixture(params=["default", "compressed", pytest.param("paper", marks=SLOW)])
+@pytest.fixture(params=["default", "compressed"])
 def call(request, monkeypatch):
     """What does not depend on window, density and factor."""
     return keywords(request.param, monkeypatch)
@@ -147,35 +146,61 @@ def test_optax_has_no_test_that_is_not_run_here():
     }
 
 
-@pytest.mark.parametrize("target", TARGETS)
+TRAINED = [  # where the compressed trains, the other variants do, each to one target
+    *(("compressed", target) for target in TARGETS),
+    ("default", "_setup_mixed_tensor_target"),
+    ("paper", "_setup_matrix_parabola"),
+    ("window1", "_setup_mixed_tensor_target"),
+]
+OPTIMIZED = [
+    ("default", "_setup_parabola"),
+    ("default", "_setup_rosenbrock"),
+    ("compressed", "_setup_rosenbrock"),
+    ("paper", "_setup_rosenbrock"),
+    ("full", "_setup_rosenbrock"),
+    ("literal", "_setup_parabola"),
+]
+
+
+def quickly(cases):
+    chosen = (x for x in cases if x[0] in ("default", "compressed"))
+    return quick(cases, *chosen, several=True)
+
+
+@pytest.mark.parametrize(("trained", "target"), quickly(TRAINED), indirect=["trained"])
 def test_optimizers(trained, target):
     """30,000 steps to each target."""
     call = with_rate_for(target, trained)
     common("test_optimizers", call, target=getattr(COMMON, target), dtype="float32")
 
 
-@pytest.mark.parametrize("target", ["_setup_parabola", "_setup_rosenbrock"])
+@pytest.mark.parametrize(("trained", "target"), quickly(OPTIMIZED), indirect=["trained"])
 def test_optimization(trained, target):
     """10,000 steps, without compiling again."""
     call = with_rate_for(target, trained)
     aliases("test_optimization", call, target=getattr(ALIAS, target), dtype=jnp.float32)
 
 
-@pytest.mark.parametrize("run", [common, aliases])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("run", "dtype"), [(common, "bfloat16"), (aliases, "float32")])
 def test_preserve_dtype(run, call, dtype):
     run("test_preserve_dtype", call, dtype=dtype)
 
 
 @pytest.mark.promotes
-@pytest.mark.parametrize("run", [common, aliases])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("run", "dtype"), [(common, "bfloat16"), (aliases, "float32")])
 def test_gradient_accumulation(run, call, dtype):
     run("test_gradient_accumulation", call, dtype=dtype)
 
 
-@pytest.mark.parametrize("run", [common, aliases])
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
+@pytest.mark.parametrize(
+    ("run", "dtype"),
+    [
+        (common, jnp.float16),
+        (common, jnp.float64),
+        (aliases, jnp.bfloat16),
+        (aliases, jnp.float32),
+    ],
+)
 def test_state_shape_dtype_shard_stability(run, call, dtype):
     run("test_state_shape_dtype_shard_stability", call, dtype=dtype)
 
@@ -211,9 +236,7 @@ def test_mixed_dtypes_in_x64_mode():
 
 
 @pytest.mark.filterwarnings("ignore:Specifying a key")  # of optax's own noisy_sgd
-@pytest.mark.parametrize(
-    "name", ["default", "compressed", pytest.param("paper", marks=SLOW)]
-)
+@pytest.mark.parametrize("name", ["default", "compressed"])
 @pytest.mark.parametrize(
     "test",
     [

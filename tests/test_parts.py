@@ -3,7 +3,6 @@
 If it fails, a part of the algorithm errs, and tests of the whole do not say which.
 """
 
-import itertools
 import math
 from fractions import Fraction
 
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from jax import lax
 
 from compressed import scale_by_microadam
@@ -24,6 +23,8 @@ pytestmark = pytest.mark.usefixtures("strict")
 SHAPES = st.lists(st.integers(0, 40), max_size=4).map(tuple)
 BLOCK_SIZES = st.sampled_from([8, 64, 256, 1024, 65536])
 BITS = st.sampled_from([2, 4, 8])
+QUANTIZE = jax.jit(_quantize.quantize, static_argnums=1)
+DEQUANTIZE = jax.jit(_quantize.dequantize, static_argnums=2)
 
 
 def rows(b, number=5, seed=0):
@@ -39,13 +40,13 @@ def test_split_and_join_are_inverses(shape, block_size, shards):
     np.testing.assert_array_equal(_blocks.join(cells, at), leaf)
 
 
-@settings(max_examples=4)
-@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4).map(lambda n: 8 * n))
+@pytest.mark.parametrize(("number", "blocks", "block"), [(2, 1, 8), (3, 4, 24)])
 def test_pad_and_unpad_are_inverses(number, blocks, block):
     for cell in {blocks * block, blocks * block - 1, (blocks - 1) * block + 1}:
-        cells = jnp.arange(1, number * cell + 1).reshape(number, cell)
-        padded = _blocks.pad(cells, blocks, block)
+        cells = np.arange(1, number * cell + 1).reshape(number, cell)
+        padded = jax.jit(_blocks.pad, static_argnums=(1, 2))(cells, blocks, block)
         assert padded.shape == (number, blocks, block)
+        padded = np.asarray(padded)
         np.testing.assert_array_equal(_blocks.unpad(padded, cell), cells)
         padding = np.arange(blocks * block).reshape(blocks, block) >= cell
         np.testing.assert_array_equal(padded == 0, np.stack([padding] * number))
@@ -90,12 +91,13 @@ def test_grids_of_known_shapes():
     assert of(0, 7) == ((1, 1), 1, 8)
 
 
-@given(BITS, st.integers(1, 8), st.integers(0, 2**32 - 1))
+@given(BITS, st.sampled_from([1, 3]), st.integers(0, 2**32 - 1))
 def test_pack_and_unpack_are_inverses(bits, eighths, seed):
     codes = np.random.default_rng(seed).integers(0, 2**bits, (3, 8 * eighths))
-    packed = _quantize.pack(jnp.asarray(codes, jnp.uint8), bits)
+    packed = jax.jit(_quantize.pack, static_argnums=1)(codes.astype(np.uint8), bits)
     assert packed.shape == (3, eighths * bits)
-    np.testing.assert_array_equal(_quantize.unpack(packed, bits), codes)
+    unpacked = jax.jit(_quantize.unpack, static_argnums=1)(packed, bits)
+    np.testing.assert_array_equal(unpacked, codes)
 
 
 @given(
@@ -105,8 +107,8 @@ def test_pack_and_unpack_are_inverses(bits, eighths, seed):
 )
 def test_quantizing_errs_by_half_a_step(bits, numbers, scale):
     x = np.array([numbers], np.float32) * np.float32(scale)
-    codes, ranges = _quantize.quantize(jnp.asarray(x), bits)
-    back = np.asarray(_quantize.dequantize(codes, ranges, bits), np.float64)
+    codes, ranges = QUANTIZE(x, bits)
+    back = np.asarray(DEQUANTIZE(codes, ranges, bits), np.float64)
     step, _ = np.asarray(ranges, np.float64)[0]
     span = float(max(x.max(), 0)) - float(min(x.min(), 0))
     number = 2**bits - 1
@@ -120,14 +122,14 @@ def test_quantizing_errs_by_half_a_step(bits, numbers, scale):
 
 
 @pytest.mark.makes_nan
-@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_has_such_a_step(bad):
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_what_is_not_finite_has_such_a_step(bits):
     """Wherever in a row: of 4,096 elements XLA for CPU loses a NaN in maxima."""
-    for bits in (2, 4, 8):
-        x = jnp.where(jnp.eye(64, dtype=bool), bad, jnp.ones((64, 64)))
-        for noise in (None, jnp.zeros_like(x)):
-            _, ranges = jax.jit(_quantize.quantize, static_argnums=1)(x, bits, noise)
-            assert not np.isfinite(np.asarray(ranges, np.float32)[..., 0]).any()
+    for bad in (np.nan, -np.nan, np.inf, -np.inf):
+        x = np.where(np.eye(64, dtype=bool), np.float32(bad), np.float32(1))
+        for noise in (None, np.zeros_like(x)) if bits == 4 else (None,):
+            _, ranges = QUANTIZE(x, bits, noise)
+            assert not np.isfinite(np.asarray(ranges, np.float32)[..., 0]).any(), bad
 
 
 @given(
@@ -138,13 +140,13 @@ def test_what_is_not_finite_has_such_a_step(bad):
 )
 def test_zero_stays_zero(bits, random, numbers, seed):
     """Among whatever other numbers, above, below or around it."""
-    x = jnp.asarray([[*numbers, 0.0]], jnp.float32)
+    x = np.array([[*numbers, 0.0]], np.float32)
     noise = None
     if random:  # the largest that there is, too
         noise = np.random.default_rng(seed).random((1, 8), np.float32)
-        noise = jnp.where(noise > 0.5, 1 - 2.0**-24, noise)
-    codes, ranges = _quantize.quantize(x, bits, noise)
-    assert _quantize.dequantize(codes, ranges, bits)[0, -1] == 0
+        noise = np.where(noise > 0.5, np.float32(1 - 2.0**-24), noise)
+    codes, ranges = QUANTIZE(x, bits, noise)
+    assert DEQUANTIZE(codes, ranges, bits)[0, -1] == 0
 
 
 @given(BITS, st.integers(0, 2**32 - 1))
@@ -155,8 +157,8 @@ def test_decoding_is_exact(bits, seed):
     zeros = rng.integers(0, 2**bits, (3, 1))
     ranges = jnp.asarray(np.concatenate([steps, zeros], -1), jnp.bfloat16)
     codes = rng.integers(0, 2**bits, (3, 16))
-    packed = _quantize.pack(jnp.asarray(codes, jnp.uint8), bits)
-    got = jax.jit(_quantize.dequantize, static_argnums=2)(packed, ranges, bits)
+    packed = jax.jit(_quantize.pack, static_argnums=1)(codes.astype(np.uint8), bits)
+    got = DEQUANTIZE(packed, ranges, bits)
     exact = (codes - zeros) * np.asarray(ranges, np.float64)[:, :1]
     np.testing.assert_array_equal(np.asarray(got, np.float64), exact)
 
@@ -188,7 +190,8 @@ def test_stochastic_rounding_is_unbiased(bits):
         codes, ranges = _quantize.quantize(x, bits, noise)
         return _quantize.dequantize(codes, ranges, bits), ranges
 
-    backs, ranges = jax.vmap(once)(jax.random.split(jax.random.key(0), number))
+    keys = jax.random.split(jax.random.key(0), number)
+    backs, ranges = jax.jit(jax.vmap(once))(keys)
     # Also at the ends. The mean of `number` draws between two points, each of which
     # deviates by half a step at most: six standard errors, for one of 256 a chance of
     # 2e-9. What float32 loses when it adds them up is far less.
@@ -218,54 +221,55 @@ KINDS = {
 }
 FINITE = [kind for kind in KINDS if kind != "not finite"]
 SELECTIONS = [  # of so many elements, how many
-    *itertools.product((8, 232, 1024), (3, 31)),
-    *((8, 1), (96, 8), (96, 9), (256, 64), (1016, 250), (1024, 1), (2048, 64), (2048, 8)),
+    *((8, 8), (96, 8), (232, 3), (1024, 3), (1024, 31)),
+    *((8, 1), (1016, 250), (2048, 64)),
 ]
-NOT_FINITE = pytest.param("not finite", marks=pytest.mark.makes_nan)
+NOT_FINITE = pytest.param(["not finite"], id="not finite", marks=pytest.mark.makes_nan)
 
 
-@pytest.mark.parametrize("kind", [*FINITE, NOT_FINITE])
-@pytest.mark.parametrize(("b", "k"), quick(SELECTIONS, *SELECTIONS[:6], several=True))
-def test_selection_is_that_of_top_k(kind, b, k):
+@pytest.mark.parametrize("kinds", [pytest.param(FINITE, id="finite"), NOT_FINITE])
+@pytest.mark.parametrize(("b", "k"), quick(SELECTIONS, *SELECTIONS[:5], several=True))
+def test_selection_is_that_of_top_k(kinds, b, k):
     """By maxima, by counting and in large blocks: the set, ties and NaN included."""
-    k = min(k, b)
-    x = jnp.asarray(KINDS[kind](b))
-    mask = jax.jit(_topk.largest, static_argnums=1)(x, k)
-    np.testing.assert_array_equal(mask, reference_mask(x, k))
-    positions = jax.jit(_topk.positions, static_argnums=1)(mask, k)
-    expected = [np.flatnonzero(row) for row in np.asarray(mask)]
-    np.testing.assert_array_equal(positions, expected)
+    for kind in kinds:
+        x = jnp.asarray(KINDS[kind](b))
+        mask = jax.jit(_topk.largest, static_argnums=1)(x, k)
+        np.testing.assert_array_equal(mask, reference_mask(x, k), kind)
+        positions = jax.jit(_topk.positions, static_argnums=1)(mask, k)
+        expected = [np.flatnonzero(row) for row in np.asarray(mask)]
+        np.testing.assert_array_equal(positions, expected, kind)
 
 
 @pytest.mark.makes_nan
-@pytest.mark.parametrize("k", [1, 5, 8])
+@pytest.mark.parametrize("k", [1, 8])
 def test_strategies_find_the_same_threshold(k):
+    @jax.jit
+    def both(keys):
+        return _topk.kth_by_maxima(keys, k), _topk.kth_by_counting(keys, k, bits=31)
+
     for kind in ("normal", "ties", "zeros", "not finite"):
-        keys = lax.bitcast_convert_type(jnp.abs(jnp.asarray(KINDS[kind](256))), jnp.int32)
-        few = _topk.kth_by_maxima(keys, k)
-        many = _topk.kth_by_counting(keys, k, bits=31)
-        np.testing.assert_array_equal(few, many)
+        keys = np.abs(KINDS[kind](256)).astype(np.float32).view(np.int32)
+        np.testing.assert_array_equal(*both(keys), kind)
 
 
-@given(st.integers(1, 5), st.integers(1, 30))
-def test_the_window_holds_the_last_writes(slots, steps):
+@pytest.mark.parametrize("slots", [1, 2, 5])
+def test_the_window_holds_the_last_writes(slots):
     """Slots and ages: each slot's age says when it was written."""
     written = [None] * slots
     ages = _moments.first_ages(slots)
-    for count in range(steps):
+    for count in range(20):
         for slot, when in enumerate(written):
             if when is not None:
                 assert int(ages[slot]) == count - when
         written[int(_moments.oldest_start(ages, 3)) // 3] = count
         ages = _moments.older_ages(ages)
-    assert sorted(w for w in written if w is not None) == list(
-        range(max(0, steps - slots), steps)
-    )
+        held = sorted(w for w in written if w is not None)
+        assert held == list(range(max(0, count + 1 - slots), count + 1))
 
 
-@pytest.mark.parametrize("window", [2, 4])
-def test_a_state_of_zeros_is_a_fresh_one(window):
+def test_a_state_of_zeros_is_a_fresh_one():
     """Its slots are used in turn."""
+    window = 4
     tx = scale_by_microadam(window=window, density=0.1)
     gradient = jnp.asarray(rows(100, 3))
     fresh = tx.init(gradient)
@@ -278,8 +282,7 @@ def test_a_state_of_zeros_is_a_fresh_one(window):
         np.testing.assert_array_equal(*(state.values for state in states))
 
 
-@pytest.mark.parametrize("slots", [1, 2, 5])
-@pytest.mark.parametrize("k", [1, 7])
+@pytest.mark.parametrize(("k", "slots"), [(1, 5), (7, 1), (7, 5)])
 def test_moments_by_comparing_and_by_scattering(slots, k):
     rng = np.random.default_rng(0)
     indices = np.concatenate(
@@ -307,33 +310,30 @@ def test_debias_is_accurate(decay, count):
 
 
 CUTS = {  # a shape, and shards
-    "whole": ((64, 192), 1),
     "padded": ((64, 190), 1),
     "blocks axis": ((64 * 192,), 1),
-    "prime axis": ((61, 192), 1),
     "prime axis, padded": ((61, 190), 1),
-    "prime cell": ((12289,), 1),
     "prime cells": ((2 * 6143,), 2),
 }
 
 
-CUT = [  # window 2, and once windows 1 and 4 and random rounding
-    *((x, 2, False) for x in CUTS if x not in ("whole", "padded")),
-    ("whole", 1, False),
-    ("padded", 4, False),
+CUT = [  # each window and way of rounding once
+    ("padded", 3, False),
+    ("blocks axis", 1, False),
     ("prime axis, padded", 2, True),
+    ("prime cells", 2, False),
 ]
 
 
 @pytest.mark.parametrize(
     ("axis_size", "window", "random"),
-    quick(CUT, ("padded", 4, False), several=True),
+    quick(CUT, ("padded", 3, False), several=True),
 )
 def test_chunks_change_no_bit(axis_size, window, random, monkeypatch):
     shape, shards = CUTS[axis_size]
     tx = scale_by_microadam(
         window=window,
-        density=0.1,
+        density=0.04,
         block_size=64,
         shards=shards,
         stochastic_rounding=random,
@@ -359,17 +359,18 @@ def test_nothing_is_lost():
     """The error that is kept is exactly the quantized remainder."""
     tx = scale_by_microadam(window=2, density=0.1, shards=1)
     state = tx.init(jnp.zeros((4, 256)))
-    error = jnp.zeros((4, 256), jnp.float32)
+    error = np.zeros((4, 256), np.float32)
     for step in range(10):
-        gradient = jnp.asarray(rows(256, 4, seed=step))
+        gradient = rows(256, 4, seed=step)
         accumulated = gradient + error
-        _, state = tx.update(gradient, state)
-        rest = jnp.where(_topk.largest(accumulated, 26), 0.0, accumulated)
-        codes, ranges = _quantize.quantize(rest, 4)
+        _, state = jax.jit(tx.update)(gradient, state)
+        largest = jax.jit(_topk.largest, static_argnums=1)(accumulated, 26)
+        rest = np.where(largest, np.float32(0), accumulated)
+        codes, ranges = QUANTIZE(rest, 4)
         np.testing.assert_array_equal(codes, state.codes.reshape(codes.shape))
         np.testing.assert_array_equal(ranges, state.ranges.reshape(ranges.shape))
-        error = _quantize.dequantize(codes, ranges, 4)
-        selected = np.asarray(accumulated - rest)
+        error = np.asarray(DEQUANTIZE(codes, ranges, 4))
+        selected = accumulated - rest
         at = np.asarray(state.indices).reshape(4, 26).astype(int)
         kept = np.zeros_like(selected)
         values = np.asarray(state.values, np.float32).reshape(4, 26)

@@ -58,12 +58,19 @@ CHAINS = {
 }
 
 
+KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+# What XLA may shard in its own way on both kinds of meshes, the others on one.
+ON_BOTH = ("alone", "accumulated")
+ON = [
+    *(("auto", chain) for chain in ON_BOTH),
+    *(("explicit", chain) for chain in CHAINS),
+]
 QUICK = ("alone", "window 1", "accumulated", "masked", "dense where small")
 
 
-@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.fixture(params=KINDS)
 def mesh(request):
-    return make_mesh("fsdp 4, tp 2", request.param)
+    return make_mesh("fsdp 4, tp 2", KINDS[request.param])
 
 
 @pytest.fixture
@@ -86,7 +93,11 @@ def nodes(state):
 
 
 @pytest.mark.promotes
-@pytest.mark.parametrize("chain", quick(CHAINS, *QUICK))
+@pytest.mark.parametrize(
+    ("mesh", "chain"),
+    quick(ON, *(case for case in ON if case[1] in QUICK), several=True),
+    indirect=["mesh"],
+)
 def test_any_chain(chain, params, mesh):
     """They are valid for any chain, cut what can be cut, and an update keeps them."""
     if mesh.axis_types[0] == AxisType.Auto:
@@ -118,15 +129,23 @@ def test_state_of_other_transformations(params):
     assert adam.nu["tiny"].spec == P("fsdp")
 
 
-@pytest.mark.parametrize("in_context", [False, True])
-@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize(
+    ("mesh", "jitted", "in_context"),
+    [
+        ("auto", False, False),
+        ("auto", True, True),
+        ("explicit", False, True),
+        ("explicit", True, False),
+    ],
+    indirect=["mesh"],
+)
 def test_eager_init_follows_the_parameters(params, mesh, jitted, in_context):
     del params["tiny"]  # on an auto mesh XLA would shard its state in its own way
-    tx = scale_by_microadam(window=3, density=0.1)
+    tx = scale_by_microadam(window=2, density=0.1)
     places = state_shardings(tx, params)
     with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
         state = tx.init(params)
-        for _ in range(3):
+        for _ in range(2):
             for field in ("codes", "ranges", "indices", "values"):
                 assert_placed(getattr(state, field), getattr(places, field))
             update = jax.jit(tx.update) if jitted else tx.update
@@ -245,7 +264,7 @@ def largest_that_divides(x, mesh):
 def test_each_array_by_its_own_rule(own, implementation):
     """Axes of rows, of blocks and within blocks: right, at the price of being sent."""
     mesh = jax.make_mesh((8,), ("d",), (AxisType.Auto,))
-    tx = microadam(1e-3, implementation=implementation)
+    tx = microadam(1e-3, density=0.01, implementation=implementation)
     shapes = {"rows": (64, 512), "within": (16, 4096)}
     places = {name: NamedSharding(mesh, own) for name in shapes}
     rng = np.random.default_rng(0)

@@ -30,13 +30,10 @@ SETTINGS = {
 
 def noise(tree, seed=0):
     """Normal numbers in the place of every leaf."""
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    drawn = [
-        jax.random.normal(key, leaf.shape).astype(leaf.dtype)
-        for key, leaf in zip(keys, leaves, strict=True)
-    ]
-    return structure.unflatten(drawn)
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: jnp.asarray(np.asarray(rng.normal(size=x.shape)).astype(x.dtype)), tree
+    )
 
 
 def params():
@@ -61,8 +58,7 @@ class Model(nnx.Module):
 
 
 TREES = {
-    "dict": params,
-    "FrozenDict": lambda: FrozenDict({"a": params(), "b": {"c": jnp.ones(3)}}),
+    "FrozenDict": lambda: FrozenDict({"a": params(), "b": {"c": jnp.ones(())}}),
     "list": lambda: [jnp.ones(300), (jnp.ones((3, 3)), [jnp.ones(())])],
     "None": lambda: {"a": None, "b": jnp.ones(9), "c": [None, jnp.ones(2)]},
     "one array": lambda: jnp.ones((5, 5)),
@@ -71,24 +67,15 @@ TREES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("settings", "tree"),
-    quick(
-        [*(("window1", x) for x in TREES), ("paper", "NNX state"), ("random", "list")],
-        *(("window1", x) for x in TREES),
-        several=True,
-    ),
-)
-def test_trees(settings, tree):
+@pytest.mark.parametrize("tree", TREES)
+def test_trees(tree):
     """The same tree comes back, and each leaf is treated as if it were alone."""
-    tx, tree = scale_by_microadam(**SETTINGS[settings]), TREES[tree]()
+    tx, tree = scale_by_microadam(**SETTINGS["window1"]), TREES[tree]()
     state, alone = tx.init(tree), [tx.init(leaf) for leaf in jax.tree.leaves(tree)]
-    for step in range(3):
+    for step in range(2):
         gradients = noise(tree, step)
         updates, state = tx.update(gradients, state)
         chex.assert_trees_all_equal_shapes_and_dtypes(updates, tree)
-        if settings == "random":  # a leaf's randomness depends on its place
-            continue
         for i, leaf in enumerate(jax.tree.leaves(gradients)):
             expected, alone[i] = tx.update(leaf, alone[i])
             np.testing.assert_array_equal(jax.tree.leaves(updates)[i], expected)
@@ -151,35 +138,26 @@ def test_init_of_shapes_alone(settings):
         chex.assert_trees_all_equal_shapes_and_dtypes(abstract, made)
 
 
-@pytest.mark.parametrize(
-    ("settings", "how"),
-    quick(
-        [("paper", "flax"), ("paper", "orbax"), ("window1", "flax"), ("random", "orbax")],
-        ("paper", "flax"),
-        ("paper", "orbax"),
-        several=True,
-    ),
-)
-def test_checkpoints_continue_to_the_bit(settings, how, tmp_path):
+@pytest.mark.parametrize("settings", quick(SETTINGS, "paper"))
+def test_checkpoints_continue_to_the_bit(settings, tmp_path):
     tx = microadam(0.1, **SETTINGS[settings])
-    tree = {name: leaf for name, leaf in params().items() if name != "empty"}
+    tree = {name: params()[name] for name in ("kernel", "bias")}
     update, state = jax.jit(tx.update), tx.init(tree)
     for step in range(4):
         _, state = update(noise(tree, step), state, tree)
-    if how == "flax":
-        data = flax.serialization.to_bytes(state)
-        restored = flax.serialization.from_bytes(tx.init(tree), data)
-    else:
-        with orbax.checkpoint.StandardCheckpointer() as checkpointer:
-            checkpointer.save(tmp_path / "state", state)
-            checkpointer.wait_until_finished()
-            like = jax.eval_shape(tx.init, tree)
-            restored = checkpointer.restore(tmp_path / "state", like)
-    chex.assert_trees_all_equal(state, restored)
-    for step in range(4, 16):
-        updates, state = update(noise(tree, step), state, tree)
-        again, restored = update(noise(tree, step), restored, tree)
-        chex.assert_trees_all_equal((updates, state), (again, restored))
+    data = flax.serialization.to_bytes(state)
+    restored = [flax.serialization.from_bytes(tx.init(tree), data)]
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        like = jax.eval_shape(tx.init, tree)
+        restored.append(checkpointer.restore(tmp_path / "state", like))
+    for again in restored:
+        chex.assert_trees_all_equal(state, again)
+    for step in range(4, 8):
+        found = [update(noise(tree, step), x, tree) for x in (state, *restored)]
+        chex.assert_trees_all_equal(*found)
+        state, *restored = (x for _, x in found)
 
 
 def test_state_is_small():
@@ -207,7 +185,7 @@ def test_a_donated_step_works_in_place():
 
 @pytest.mark.parametrize(
     ("shape", "window"),
-    quick([((1024, 1024), 2), ((2039, 1031), 10)], ((1024, 1024), 2), several=True),
+    quick([((1024, 1024), 1), ((2039, 1031), 2)], ((1024, 1024), 1), several=True),
 )
 def test_leaves_share_their_temporaries(shape, window):
     """Copies of 16-bit arrays and the last, smaller piece of padded leaves, too."""
@@ -220,7 +198,7 @@ def test_leaves_share_their_temporaries(shape, window):
         compiled = step.lower(tree, jax.eval_shape(tx.init, tree)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporary(12) - temporary(2) < leaf.size
+    assert temporary(7) - temporary(2) < leaf.size / 2
 
 
 @pytest.mark.slow
@@ -229,7 +207,6 @@ def test_leaves_share_their_temporaries(shape, window):
     [
         ((2097143,), jnp.bfloat16),
         ((2039, 1031), jnp.float32),
-        ((7, 299993), jnp.bfloat16),
     ],
 )
 def test_temporaries_are_those_of_pieces(shape, dtype):
@@ -319,7 +296,8 @@ def test_the_count_ends_as_optax_s_does():
     tx = scale_by_microadam(window=3, density=0.5, match_adam=False)
     gradient = noise(jnp.ones(64))
     last = jnp.int32(2**31 - 1)
-    updates, state = tx.update(gradient, tx.init(gradient)._replace(count=last))
+    state = tx.init(gradient)._replace(count=last)
+    updates, state = jax.jit(tx.update)(gradient, state)
     assert state.count == last
     # So late in training the bias correction is 1: the newest entry alone counts.
     moved = np.asarray(updates)[np.asarray(updates) != 0]
