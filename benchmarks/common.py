@@ -7,6 +7,7 @@ import shlex
 import sys
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from microadam_optax import PAPER, scale_by_microadam
@@ -21,6 +22,21 @@ SETTINGS = {  # (window, density); the first is the default
 def transformations() -> dict[str, optax.GradientTransformation]:
     """MicroAdam at its settings; the learning rate is not part of what is compared."""
     return {name: scale_by_microadam(**kw) for name, kw in SETTINGS.items()}
+
+
+def with_float32_state(
+    tx: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """optax's own moments have the dtype of the parameters."""
+
+    def init(params):
+        return tx.init(optax.tree.cast(params, jnp.float32))
+
+    def update(updates, state, params):
+        new, state = tx.update(updates, state, params)
+        return jax.tree.map(lambda x, like: x.astype(like.dtype), new, updates), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def machine() -> dict[str, str]:

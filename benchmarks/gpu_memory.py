@@ -26,8 +26,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 import kernels
-from common import report
-from gpu_peers import with_float32_state
+from common import report, with_float32_state
 from gpu_steps import MODELS, Model, by_layer, init, ordinary, shapes
 from microadam_optax import accumulate, microadam
 from microadam_optax.memory import array_bytes

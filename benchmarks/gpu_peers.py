@@ -4,11 +4,9 @@ import functools
 import itertools
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import optax
 
-from common import SETTINGS
+from common import SETTINGS, with_float32_state
 from gpu_check import kernel_here
 from microadam_optax import microadam
 
@@ -59,19 +57,6 @@ def llama_like(
     if stacked:
         return [(layers, *shape) for shape in layer]
     return [tuple(shape) for shape in layer] * layers
-
-
-def with_float32_state(tx: optax.GradientTransformation):
-    """optax's own moments have the dtype of the parameters."""
-
-    def init(params):
-        return tx.init(optax.tree.cast(params, jnp.float32))
-
-    def update(updates, state, params):
-        new, state = tx.update(updates, state, params)
-        return jax.tree.map(lambda x, like: x.astype(like.dtype), new, updates), state
-
-    return optax.GradientTransformation(init, update)
 
 
 def peers() -> dict[str, optax.GradientTransformation]:

@@ -28,7 +28,11 @@ import study
 import tasks
 import variational
 from microadam_optax import _moments
-from runs import Runs, mean_score, score
+from runs import ROOT, Runs, mean_score, score
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+import pages
 
 BLOCKS = (256, 64)
 SHAPES = ((1, 0.04), (1, 0.12), (1, 0.25), (2, 0.06), (2, 0.12))
@@ -136,6 +140,38 @@ def conduct(name: str, wanted: list[Candidate], factors: list[float]) -> None:
             found = mean_score(rows_of(trial, one, task, rate, factor))
             scored = (found - least) / spread
             print(f"{name}, {one.title}, rate x {factor:g}: {scored:+.2f}", flush=True)
+
+
+def known_adam(trial: Trial) -> list[dict[str, Any]]:
+    """Adam's runs at the best rate that ran with all seeds; none if there is none."""
+    by_rate: dict[float, list[dict[str, Any]]] = {}
+    for row in Runs(trial.record).find(method="Adam", steps=trial.steps):
+        by_rate.setdefault(row["learning_rate"], []).append(row)
+    complete = [rows for rows in by_rate.values() if len(rows) >= FACTORS[1.0]]
+    return min(complete, key=mean_score, default=[])
+
+
+def known_score(trial: Trial, one: Candidate, adam: list[dict[str, Any]]) -> float | None:
+    """A candidate's at Adam's rate, from runs on disk; None if some are missing."""
+    rate, seeds = adam[0]["learning_rate"], FACTORS[1.0]
+    runs = Runs(trial.record)
+    found = runs.find(method=one.title, steps=trial.steps, learning_rate=rate)
+    some = [row for row in found if row["seed"] < seeds]
+    if len(some) < seeds:
+        return None
+    return (mean_score(some) - mean_score(adam)) / statistics.stdev(map(score, adam))
+
+
+def section() -> str:
+    """The scores at Adam's rate, for docs/tuning.md."""
+    adams = {name: known_adam(trial) for name, trial in TRIALS.items()}
+    shown = [name for name, adam in adams.items() if adam]
+    rows = []
+    for one in candidates((0.5,)):
+        known = [known_score(TRIALS[name], one, adams[name]) for name in shown]
+        cells = ["" if x is None else f"{x:+.1f}" for x in known]
+        rows.append([one.title.removeprefix("MicroAdam "), *cells])
+    return pages.table(["(window, density)", *shown], rows)
 
 
 def main(arguments: list[str] | None = None) -> int:

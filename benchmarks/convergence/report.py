@@ -5,6 +5,7 @@ python benchmarks/convergence/report.py
 
 import sys
 
+import choosing
 import demonstrations
 import methods
 import micro_batches
@@ -228,6 +229,7 @@ def main() -> None:
         (ROOT / "README.md", "quality", sections["quality"]),
         (DOCS / "index.md", "quality", overview_section()),
         (DOCS / "tuning.md", "rates", rates_section()),
+        (DOCS / "tuning.md", "choosing", choosing.section()),
         (DOCS / "layerwise.md", "micro-batches", micro_batches.section()),
     ):
         other.write_text(pages.fill(other.read_text(), mark, content))
