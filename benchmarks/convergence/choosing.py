@@ -128,6 +128,11 @@ def rows_of(
         _moments.EXPONENT = kept
 
 
+def above(rows: list[dict[str, Any]], adam: list[dict[str, Any]]) -> float:
+    """How far runs end above Adam's, in standard deviations of Adam's seeds."""
+    return (mean_score(rows) - mean_score(adam)) / statistics.stdev(map(score, adam))
+
+
 def conduct(name: str, wanted: list[Candidate], factors: list[float]) -> None:
     """Does all runs of a study that are not on disk, and prints the scores."""
     trial = TRIALS[name]
@@ -137,8 +142,7 @@ def conduct(name: str, wanted: list[Candidate], factors: list[float]) -> None:
     print(f"{name}: Adam {least:.4f} +- {spread:.4f} at {rate:g}", flush=True)
     for factor in factors:
         for one in wanted:
-            found = mean_score(rows_of(trial, one, task, rate, factor))
-            scored = (found - least) / spread
+            scored = above(rows_of(trial, one, task, rate, factor), adam)
             print(f"{name}, {one.title}, rate x {factor:g}: {scored:+.2f}", flush=True)
 
 
@@ -159,7 +163,7 @@ def known_score(trial: Trial, one: Candidate, adam: list[dict[str, Any]]) -> flo
     some = [row for row in found if row["seed"] < seeds]
     if len(some) < seeds:
         return None
-    return (mean_score(some) - mean_score(adam)) / statistics.stdev(map(score, adam))
+    return above(some, adam)
 
 
 def section() -> str:
